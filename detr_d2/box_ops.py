@@ -1,0 +1,50 @@
+"""Boxes as tensors. Shapes: `...` any leading shape, N and M boxes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) centre, width, height -> (..., 4) two corners."""
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat((centre - 0.5 * size, centre + 0.5 * size), dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(..., 4) two corners -> (..., 4) centre, width, height."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat(((low + high) / 2, high - low), dim=-1)
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Generalised IoU (Rezatofighi et al., 2019, algorithm 1) of boxes that broadcast together.
+
+    Pairwise values of (N, 4) and (M, 4) come from `boxes1[:, None]` and `boxes2[None]`.
+    Unlike a quotient written naively it is finite for boxes without area: a prediction of width
+    zero is legal early in training and must not end it.
+
+    Args:
+        boxes1, boxes2: (..., 4) xyxy, x1 <= x2 and y1 <= y2.
+
+    Returns:
+        (...) in [-1, 1].
+    """
+    area1, area2 = box_area(boxes1), box_area(boxes2)
+    low = boxes1[..., :2].maximum(boxes2[..., :2])
+    high = boxes1[..., 2:].minimum(boxes2[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(-1)
+    union = area1 + area2 - intersection
+
+    hull_low = boxes1[..., :2].minimum(boxes2[..., :2])
+    hull_high = boxes1[..., 2:].maximum(boxes2[..., 2:])
+    hull = (hull_high - hull_low).prod(-1)
+
+    tiny = 1e-12
+    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """(..., 4) xyxy -> (...)."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

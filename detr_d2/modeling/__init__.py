@@ -1,0 +1,7 @@
+"""Importing this package registers the meta-architecture and the backbones in detectron2."""
+
+from .backbone import TimmBackbone
+from .build import build_parts
+from .meta_arch import Detr
+
+__all__ = ["Detr", "TimmBackbone", "build_parts"]

@@ -1,0 +1,110 @@
+"""Backbones that detectron2 does not have."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone.resnet import (
+    BasicBlock,
+    BasicStem,
+    ResNet,
+    build_resnet_backbone,
+)
+from torch import Tensor
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """ResNet whose res5 has stride 1 and torchvision's dilation, the DC5 of DETR's paper.
+
+    detectron2's RES5_DILATION also dilates the 3x3 convolution of res5's first block;
+    torchvision, with which the published DC5 weights were trained, does not.
+    """
+    if cfg.MODEL.RESNETS.RES5_DILATION != 2:
+        raise ValueError(
+            "build_resnet_dc5_backbone needs MODEL.RESNETS.RES5_DILATION: 2, "
+            f"got {cfg.MODEL.RESNETS.RES5_DILATION}."
+        )
+    resnet = build_resnet_backbone(cfg, input_shape)
+    first_convolution = resnet.res5[0].conv2
+    first_convolution.dilation = first_convolution.padding = (1, 1)
+    return resnet
+
+
+@BACKBONE_REGISTRY.register()
+def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """ResNet of basic blocks with any width and depth (detectron2 fixes those of R18 and R34).
+
+    `MODEL.BASIC_RESNET.BLOCKS_PER_STAGE` gives one number per stage from res2 on; width doubles
+    from stage to stage, starting at `MODEL.RESNETS.RES2_OUT_CHANNELS`.
+    """
+    resnets = cfg.MODEL.RESNETS
+    stem = BasicStem(input_shape.channels, resnets.STEM_OUT_CHANNELS, norm=resnets.NORM)
+    in_channels, out_channels = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
+    stages = []
+    for index, num_blocks in enumerate(cfg.MODEL.BASIC_RESNET.BLOCKS_PER_STAGE):
+        first_stride = 1 if index == 0 else 2
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock,
+                num_blocks,
+                stride_per_block=[first_stride] + [1] * (num_blocks - 1),
+                in_channels=in_channels,
+                out_channels=out_channels,
+                norm=resnets.NORM,
+            )
+        )
+        in_channels, out_channels = out_channels, 2 * out_channels
+    resnet = ResNet(stem, stages, out_features=resnets.OUT_FEATURES)
+    return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+
+
+class TimmBackbone(Backbone):
+    """A timm model as detectron2 backbone; its maps are named "p0", "p1", … from fine to coarse.
+
+    Batch norms are frozen where asked for: with the small batches of detection their statistics
+    are too noisy to learn from.
+    """
+
+    def __init__(self, name: str, out_indices: list[int], pretrained: bool, freeze_norm: bool):
+        """
+        Args:
+            name: timm model name.
+            out_indices: which of the model's feature maps to return; [] all.
+            pretrained: let timm load (and download) its weights.
+            freeze_norm: replace batch norms by constant affine maps.
+        """
+        super().__init__()
+        try:
+            import timm
+            import timm.utils
+        except ImportError as error:
+            raise ImportError(
+                "MODEL.BACKBONE.NAME is build_timm_backbone, which needs timm: pip install timm"
+            ) from error
+        arguments = {"out_indices": tuple(out_indices)} if out_indices else {}
+        try:
+            body = timm.create_model(name, pretrained=pretrained, features_only=True, **arguments)
+        except RuntimeError as error:
+            raise ValueError(f"MODEL.TIMM.NAME is {name!r}: timm says: {error}") from error
+        if freeze_norm:
+            body = timm.utils.freeze_batch_norm_2d(body)
+        self.body = body
+        info = body.feature_info
+        self._out_features = [f"p{index}" for index in range(len(info.channels()))]
+        self._out_feature_channels = dict(zip(self._out_features, info.channels(), strict=True))
+        self._out_feature_strides = dict(zip(self._out_features, info.reduction(), strict=True))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> maps (B, channels, H / stride, W / stride) by name."""
+        return dict(zip(self._out_features, self.body(x), strict=True))
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+    """Backbone from `MODEL.TIMM`. Weights: timm's own, or any file given as MODEL.WEIGHTS."""
+    timm_cfg = cfg.MODEL.TIMM
+    return TimmBackbone(
+        timm_cfg.NAME, timm_cfg.OUT_INDICES, timm_cfg.PRETRAINED, timm_cfg.FREEZE_NORM
+    )

@@ -1,0 +1,81 @@
+"""Weights, images and targets made by rule, for which the official implementations' outputs are
+known. tests/parity/*.npz hold those outputs and the official names and shapes of the tensors.
+
+Every tensor is drawn from a generator seeded with its name, so both sides can build it; gains keep
+activations in a range where a wrong detail shows.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+
+FOLDER = Path(__file__).parent / "parity"
+IMAGE_SIZES = {0: (256, 320), 1: (224, 288), 2: (256, 200)}
+OBJECTS = {0: 3, 1: 3, 2: 7}
+BATCHES = {"A": [0], "B": [1, 2]}
+
+GAINS = [
+    (r"backbone\.|mask_head\.", 2**0.5),
+    (r"class_embed\.", 2.0),
+    (r"self_attn\.out(put)?_proj", 0.1),
+    (r"(cross_attn|multihead_attn)\.out_proj", 8.0),
+    (r"[sc]a_[qk]\w*_proj", 2.4),
+    (r"in_proj_weight|bbox_attention|decoder\.query_scale", 1.5),
+    (r"linear2", 0.3),
+    (r"ref_point_head|reference_points", 1.5),
+]
+
+
+def generator(text: str) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(zlib.crc32(text.encode())))
+
+
+def make_tensor(name: str, shape: list[int]) -> np.ndarray:
+    noise = generator(f"0:{name}").standard_normal(shape)
+    if re.search(r"(^|\.)(query_embed|refpoint_embed|tgt_embed|label_enc)\.weight$", name):
+        value = noise
+    elif len(shape) >= 2:
+        gain = next((gain for pattern, gain in GAINS if re.search(pattern, name)), 1.0)
+        centred = noise - noise.mean(axis=tuple(range(1, len(shape))), keepdims=True)
+        value = centred * gain / np.sqrt(np.prod(shape[1:]))
+    elif name.endswith("running_var"):
+        value = 1 + 0.1 * np.abs(noise)
+    elif name.endswith(".weight"):
+        value = 1 + 0.1 * noise.clip(-3, 3)
+        if re.search(r"layer\d\.\d+\.bn3\.weight$", name):
+            value = 0.3 * value
+    else:
+        value = 0.1 * noise
+    return value.astype(np.float32)
+
+
+def make_state_dict(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(make_tensor(name, shape)) for name, shape in shapes.items()}
+
+
+def make_input(index: int) -> dict:
+    """One element of a model's input; the image is the network's input, already normalised."""
+    height, width = IMAGE_SIZES[index]
+    image = generator(f"0:image{index}").standard_normal((3, height, width)).astype(np.float32)
+    targets = generator(f"0:target{index}")
+    uniform = targets.random((OBJECTS[index], 4))
+    labels = targets.integers(1, 91, size=OBJECTS[index])
+    size = 0.1 + 0.4 * uniform[:, 2:]
+    centre = size / 2 + (1 - size) * uniform[:, :2]
+    corners = np.concatenate((centre - size / 2, centre + size / 2), axis=1)
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.from_numpy(corners * [width, height, width, height]).float())
+    instances.gt_classes = torch.from_numpy(labels)
+    # The published post-processing was asked for 480x640.
+    return {
+        "image": torch.from_numpy(image),
+        "instances": instances,
+        "height": 480,
+        "width": 640,
+    }
