@@ -1,0 +1,19 @@
+from .annotations import check_annotations
+from .dataset_mapper import DetrDatasetMapper
+from .digit_scenes import register_digit_scenes
+from .register import (
+    check_same_classes,
+    classes_of,
+    parse_register_argument,
+    register_coco_dataset,
+)
+
+__all__ = [
+    "DetrDatasetMapper",
+    "check_annotations",
+    "check_same_classes",
+    "classes_of",
+    "parse_register_argument",
+    "register_coco_dataset",
+    "register_digit_scenes",
+]

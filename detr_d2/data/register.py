@@ -1,0 +1,401 @@
+"""Bringing one's own data: COCO-format annotations become a detectron2 data set.
+
+Everything that can be wrong with the files is found here, in one sentence, before anything is
+built. detectron2's own loader is not used: it asserts without naming the annotation, drops objects
+whose polygon is degenerate even when only boxes are wanted, and leaves out the annotation ids that
+error messages need.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+
+from ..errors import UserError
+from .dataset_mapper import to_rle
+
+logger = logging.getLogger(__name__)
+
+# Looking for every image of a large data set would take minutes on a network disk.
+IMAGES_LOOKED_FOR = 5000
+
+
+class DatasetError(UserError):
+    """A data set that cannot be used; one sentence names the file and what is wrong in it."""
+
+
+def parse_register_argument(argument: str) -> tuple[str, str, str]:
+    """Split "NAME=annotations.json:image_dir" into name, annotation file and image folder.
+
+    The first '=' ends the name; the last ':' separates the paths, not counting those of Windows
+    drives ("C:\\images") and URLs ("s3://images").
+
+    Raises:
+        UserError: a part is missing.
+    """
+    name, equals, paths = argument.partition("=")
+    separators = [
+        match.start()
+        for match in re.finditer(":", paths)
+        if not re.match(r"://", paths[match.start() :])
+        and not re.search(r"(?:^|:)[A-Za-z]:$", paths[: match.start() + 1])
+    ]
+    parts = (name.strip(), *_split_at(paths, separators[-1] if separators else None))
+    if not equals or not all(parts):
+        raise UserError(
+            f"'--register {argument}' is not of the form NAME=annotations.json:image_dir, "
+            "such as --register my_train=data/train.json:data/images."
+        )
+    return parts
+
+
+def register_coco_dataset(
+    name: str, json_file: str, image_dir: str, *, allow_missing_images: bool = False
+) -> None:
+    """Register COCO-format data under a name that `DATASETS.TRAIN` and `DATASETS.TEST` accept.
+
+    The annotation file is read and checked at once, so that the class names are known from then on.
+    Category ids may be any distinct integers; classes are numbered 0..K-1 in their order.
+    Registering the same files again does nothing.
+
+    Args:
+        name: the data set's name.
+        json_file: annotations in COCO format ("images", "annotations", "categories").
+        image_dir: the folder that the `file_name`s in it are relative to.
+        allow_missing_images: only warn when some images are missing, which
+            `INPUT.SKIP_UNREADABLE_IMAGES` then skips in training.
+
+    Raises:
+        DatasetError: see the module; or the name is taken by other files.
+    """
+    json_file, image_dir = os.fspath(json_file), os.fspath(image_dir)
+    metadata = MetadataCatalog.get(name)
+    if name in DatasetCatalog:
+        if getattr(metadata, "registered_from", None) == (json_file, image_dir):
+            return
+        raise DatasetError(f"There is already a data set named '{name}': choose another name.")
+
+    content = read_coco_json(json_file)
+    if not PathManager.isdir(image_dir):
+        raise DatasetError(f"The image folder {image_dir} of data set '{name}' does not exist.")
+    _check_images_exist(content["images"], json_file, image_dir, allow_missing_images)
+
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    contiguous_ids = {category["id"]: i for i, category in enumerate(categories)}
+    classes = [category["name"] for category in categories]
+    DatasetCatalog.register(name, partial(load_coco_dataset, json_file, image_dir))
+    metadata.set(
+        thing_classes=classes,
+        thing_dataset_id_to_contiguous_id=contiguous_ids,
+        image_root=image_dir,
+        evaluator_type="coco",
+        registered_from=(json_file, image_dir),
+    )
+    # Without the attribute, detectron2's COCO evaluator writes a complete annotation file itself.
+    if _is_complete_for_evaluation(content):
+        metadata.set(json_file=json_file)
+
+    objects = Counter(a["category_id"] for a in content["annotations"])
+    logger.info(
+        "Registered '%s': %d images, %d annotations, %d classes: %s",
+        name,
+        len(content["images"]),
+        len(content["annotations"]),
+        len(classes),
+        ", ".join(classes[:20]) + (", ..." if len(classes) > 20 else ""),
+    )
+    if unused := [c["name"] for c in categories if c["id"] not in objects]:
+        logger.warning(
+            "%d of the %d classes of '%s' have no annotation: %s",
+            len(unused),
+            len(classes),
+            name,
+            ", ".join(unused[:20]) + (", ..." if len(unused) > 20 else ""),
+        )
+
+
+def load_coco_dataset(json_file: str, image_dir: str) -> list[dict]:
+    """COCO-format annotations as detectron2's standard dictionaries, one per image, in file order.
+
+    Boxes stay as they are written (xywh in pixels), crowds too; each annotation keeps its id. An
+    annotation whose segmentation is no area, such as a polygon of two points, keeps its box alone.
+
+    Raises:
+        DatasetError: see `read_coco_json`.
+    """
+    content = read_coco_json(json_file)
+    contiguous_ids = {
+        category_id: i
+        for i, category_id in enumerate(sorted(c["id"] for c in content["categories"]))
+    }
+    images = {
+        image["id"]: {
+            "file_name": os.path.join(image_dir, image["file_name"]),
+            "height": int(image["height"]),
+            "width": int(image["width"]),
+            "image_id": image["id"],
+            "annotations": [],
+        }
+        for image in content["images"]
+    }
+    for index, annotation in enumerate(content["annotations"]):
+        loaded = {
+            "id": annotation.get("id", f"number {index} of the file"),
+            "bbox": annotation.get("bbox"),
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": contiguous_ids[annotation["category_id"]],
+            "iscrowd": _is_crowd(annotation),
+        }
+        if segmentation := _usable_segmentation(annotation.get("segmentation")):
+            loaded["segmentation"] = segmentation
+        images[annotation["image_id"]]["annotations"].append(loaded)
+    return list(images.values())
+
+
+def read_coco_json(json_file: str) -> dict[str, Any]:
+    """Read a COCO-format annotation file and check everything in it but where the boxes lie.
+
+    That is left to `detr_d2.data.annotations.check_annotations`, which may drop single ones.
+
+    Raises:
+        DatasetError: the file is missing, not JSON or not COCO; it has no image, no category or no
+            annotation to train on; ids or class names are missing or not unique; an annotation
+            has no box, or refers to an image or category that is not in the file.
+    """
+    content = _read_json(json_file)
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DatasetError(
+                f"{json_file} is not in COCO format: it has no list '{key}' at its top level."
+            )
+        if not content[key]:
+            raise DatasetError(f"{json_file} lists no {key}: the list '{key}' is empty.")
+        for index, entry in enumerate(content[key]):
+            if not isinstance(entry, dict):
+                raise DatasetError(f"{json_file}: number {index} of '{key}' is not an object.")
+
+    _check_categories(content["categories"], json_file)
+    _check_images(content["images"], json_file)
+    _check_references(content["annotations"], "image_id", content["images"], "images", json_file)
+    _check_references(
+        content["annotations"], "category_id", content["categories"], "categories", json_file
+    )
+    _check_boxes(content["annotations"], json_file)
+    if all(_is_crowd(annotation) for annotation in content["annotations"]):
+        raise DatasetError(
+            f"All {len(content['annotations'])} annotations in {json_file} are crowds (iscrowd 1), "
+            "which neither training nor evaluation uses."
+        )
+    return content
+
+
+def classes_of(dataset_names: Sequence[str]) -> list[str] | None:
+    """The class names that registered data sets share; None where they have none.
+
+    Raises:
+        DatasetError: a data set is not registered, or two have different classes.
+    """
+    for name in dataset_names:
+        if name not in DatasetCatalog:
+            raise DatasetError(
+                f"There is no data set named '{name}': register it with "
+                f"--register {name}=annotations.json:image_dir, or name another in DATASETS."
+            )
+        if not hasattr(MetadataCatalog.get(name), "thing_classes"):
+            DatasetCatalog.get(name)  # many data sets learn their classes only when they are loaded
+    check_same_classes(dataset_names)
+    if not dataset_names:
+        return None
+    classes = getattr(MetadataCatalog.get(dataset_names[0]), "thing_classes", None)
+    return None if classes is None else list(classes)
+
+
+def check_same_classes(dataset_names: Sequence[str]) -> None:
+    """Raise DatasetError when data sets used together, such as train and val, differ in classes."""
+    known = [
+        (name, list(MetadataCatalog.get(name).thing_classes))
+        for name in dataset_names
+        if hasattr(MetadataCatalog.get(name), "thing_classes")
+    ]
+    for name, classes in known[1:]:
+        first_name, first_classes = known[0]
+        if classes == first_classes:
+            continue
+        lacking = [c for c in first_classes if c not in classes]
+        added = [c for c in classes if c not in first_classes]
+        if lacking or added:
+            difference = "; ".join(
+                f"only in '{where}': {', '.join(which[:5])}{', ...' if len(which) > 5 else ''}"
+                for where, which in ((first_name, lacking), (name, added))
+                if which
+            )
+        else:
+            i = next(
+                i
+                for i, pair in enumerate(zip(first_classes, classes, strict=False))
+                if pair[0] != pair[1]
+            )
+            difference = f"class {i} is '{first_classes[i]}' in one and '{classes[i]}' in the other"
+        raise DatasetError(
+            f"The number or names of classes differ: '{first_name}' has {len(first_classes)}, "
+            f"'{name}' has {len(classes)} ({difference}): give both annotation files the same "
+            "categories with the same ids."
+        )
+
+
+def _split_at(text: str, position: int | None) -> tuple[str, str]:
+    return ("", "") if position is None else (text[:position], text[position + 1 :])
+
+
+def _read_json(json_file: str) -> Any:
+    if not PathManager.isfile(json_file):
+        raise DatasetError(f"The annotation file {json_file} does not exist.")
+    try:
+        with PathManager.open(json_file, "r", encoding="utf-8") as f:
+            return json.load(f)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{json_file} is not a JSON file: {error}.") from error
+    except OSError as error:
+        raise DatasetError(f"{json_file} cannot be read: {error}.") from error
+
+
+def _check_categories(categories: list[dict], json_file: str) -> None:
+    for category in categories:
+        category_id, name = category.get("id"), category.get("name")
+        if not _is_integer(category_id):
+            raise DatasetError(
+                f"{json_file}: the category {name!r} has the id {category_id!r}, "
+                "it must be an integer."
+            )
+        if not isinstance(name, str) or not name:
+            raise DatasetError(f"{json_file}: category {category_id} has no name.")
+    _check_unique((c["id"] for c in categories), "category id", json_file)
+    _check_unique((c["name"] for c in categories), "category name", json_file)
+
+
+def _check_images(images: list[dict], json_file: str) -> None:
+    for index, image in enumerate(images):
+        if not isinstance(image.get("id"), (int, str)):
+            raise DatasetError(f"{json_file}: number {index} of 'images' has no usable id.")
+        if not isinstance(image.get("file_name"), str):
+            raise DatasetError(f"{json_file}: image {image['id']} has no file_name.")
+        for side in ("width", "height"):
+            if not _is_integer(image.get(side)) or image[side] <= 0:
+                raise DatasetError(
+                    f"{json_file}: image {image['id']} ({image['file_name']}) has the {side} "
+                    f"{image.get(side)!r}, it must be its number of pixels."
+                )
+    _check_unique((image["id"] for image in images), "image id", json_file)
+
+
+def _check_unique(values: Iterable[Hashable], what: str, json_file: str) -> None:
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    if repeated:
+        raise DatasetError(
+            f"{json_file}: the {what} {repeated[0]!r} is used more than once"
+            + (f", as are {len(repeated) - 1} others." if len(repeated) > 1 else ".")
+        )
+
+
+def _check_references(
+    annotations: list[dict], key: str, targets: list[dict], target_name: str, json_file: str
+) -> None:
+    known = {target["id"] for target in targets}
+    unknown = [
+        (index, annotation)
+        for index, annotation in enumerate(annotations)
+        if not isinstance(annotation.get(key), Hashable) or annotation.get(key) not in known
+    ]
+    if unknown:
+        index, first = unknown[0]
+        raise DatasetError(
+            f"{json_file}: {len(unknown)} of {len(annotations)} annotations have a {key} that is "
+            f"not among the {len(known)} {target_name}, the first is annotation "
+            f"{first.get('id', f'number {index}')} with {key} {first.get(key)!r}."
+        )
+
+
+def _check_boxes(annotations: list[dict], json_file: str) -> None:
+    boxless = [
+        (index, annotation)
+        for index, annotation in enumerate(annotations)
+        if not _is_box(annotation.get("bbox"))
+    ]
+    if boxless:
+        index, first = boxless[0]
+        raise DatasetError(
+            f"{json_file}: {len(boxless)} of {len(annotations)} annotations have no 'bbox' of four "
+            f"numbers, the first is annotation {first.get('id', f'number {index}')}: "
+            f"{str(first.get('bbox'))[:80]}."
+        )
+
+
+def _check_images_exist(
+    images: list[dict], json_file: str, image_dir: str, allow_missing: bool
+) -> None:
+    step = -(-len(images) // IMAGES_LOOKED_FOR)
+    looked_for = images[::step]
+    missing = [
+        image
+        for image in looked_for
+        if not PathManager.isfile(os.path.join(image_dir, image["file_name"]))
+    ]
+    if not missing:
+        return
+    message = (
+        f"{len(missing)} of {len(looked_for)} images looked for of those listed in {json_file} are "
+        f"not in the folder {image_dir}, the first is {missing[0]['file_name']}."
+    )
+    if allow_missing and len(missing) < len(looked_for):
+        logger.warning("%s", message)
+        return
+    raise DatasetError(message)
+
+
+def _is_complete_for_evaluation(content: dict) -> bool:
+    """Whether COCO evaluation can read the file itself.
+
+    It needs `area` and `iscrowd`, distinct annotation ids other than 0 (which it takes for "not
+    matched") and, in some releases of pycocotools, `info`.
+    """
+    annotations = content["annotations"]
+    ids = {a.get("id") for a in annotations if _is_integer(a.get("id"))}
+    return (
+        "info" in content
+        and len(ids) == len(annotations)
+        and 0 not in ids
+        and all("area" in a and "iscrowd" in a and not a.get("ignore") for a in annotations)
+    )
+
+
+def _usable_segmentation(segmentation: Any) -> list | dict | None:
+    """Polygons of three or more points, or a compressed run-length mask; else None or empty."""
+    if isinstance(segmentation, list):
+        return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
+    if isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
+        return to_rle(segmentation, *segmentation["size"])
+    return None
+
+
+def _is_crowd(annotation: dict) -> int:
+    return int(bool(annotation.get("iscrowd") or annotation.get("ignore")))
+
+
+def _is_box(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 4 and all(type(v) in (int, float) for v in value)
+    )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
