@@ -1,0 +1,76 @@
+"""The evaluator of a data set, chosen by its ``evaluator_type``."""
+
+import os
+import types
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator, LVISEvaluator
+
+from .coco_evaluation import COCODetectionEvaluator
+from .pascal_voc_evaluation import PerClassPascalVOCEvaluator
+
+
+def build_evaluator(
+    cfg: CfgNode | None, dataset_name: str, output_folder: str | None = None
+) -> DatasetEvaluator:
+    """Build the evaluator that the data set's metadata asks for.
+
+    Args:
+        cfg: gives the default of `output_folder`, ``OUTPUT_DIR/inference``, and COCO's limit on the
+            detections per image, ``TEST.DETECTIONS_PER_IMAGE`` (without a cfg: 100).
+        dataset_name: registered data set whose metadata has ``evaluator_type`` "coco", "lvis" or
+            "pascal_voc".
+        output_folder: folder for results; None without a cfg writes no file.
+
+    Raises:
+        ValueError: no such ``evaluator_type``, or metadata which that evaluator needs is missing.
+        ImportError: the data set needs LVIS's own package, which is not installed.
+    """
+    if output_folder is None and cfg is not None:
+        output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if evaluator_type == "coco":
+        limit = 100 if cfg is None else cfg.TEST.DETECTIONS_PER_IMAGE
+        return COCODetectionEvaluator(dataset_name, output_folder, max_detections_per_image=limit)
+    if evaluator_type == "lvis":
+        _require_metadata(dataset_name, "json_file")
+        _prepare_lvis_package()
+        return LVISEvaluator(dataset_name, output_dir=output_folder)
+    if evaluator_type == "pascal_voc":
+        _require_metadata(dataset_name, "dirname", "split", "year", "thing_classes")
+        return PerClassPascalVOCEvaluator(dataset_name, output_folder)
+    raise ValueError(
+        f"Data set '{dataset_name}' has the evaluator_type {evaluator_type!r}; set "
+        f"MetadataCatalog.get('{dataset_name}').evaluator_type to 'coco', 'lvis' or 'pascal_voc'."
+    )
+
+
+def _require_metadata(dataset_name: str, *keys: str) -> None:
+    metadata = MetadataCatalog.get(dataset_name)
+    missing = [key for key in keys if metadata.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"Data set '{dataset_name}' cannot be evaluated without {', '.join(missing)}; set "
+            f"them with MetadataCatalog.get('{dataset_name}').set({missing[0]}=...)."
+        )
+
+
+def _prepare_lvis_package() -> None:
+    """Say how to get the package where it is missing, and make it work with numpy 1.24 and later.
+
+    lvis 0.5.3, the newest, calls ``np.float``, which numpy has removed. Its one module that does so
+    gets a numpy with that name; numpy itself is left as it is.
+    """
+    try:
+        import lvis.eval
+    except ImportError as error:
+        raise ImportError(
+            f"LVIS evaluation needs a package that cannot be imported ({error}); run: "
+            "pip install 'detr_d2[lvis]'"
+        ) from error
+    if not hasattr(lvis.eval.np, "float"):
+        numpy_with_float = types.ModuleType("numpy", "numpy with its former alias numpy.float")
+        numpy_with_float.__dict__.update({**vars(np), "float": float})
+        lvis.eval.np = numpy_with_float
