@@ -1,0 +1,87 @@
+"""What to say when a loss is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .trainer import DetrTrainer
+
+
+class DivergedError(UserError, FloatingPointError):
+    """The loss became infinite or NaN."""
+
+
+def explain_non_finite_loss(
+    trainer: DetrTrainer, batches: Sequence[list[dict[str, Any]]], reason: str
+) -> NoReturn:
+    """Stops the training with all there is to know; the weights are those before the step.
+
+    Raises:
+        DivergedError: naming iteration, learning rate, the first module whose output is not
+            finite, and the images of the step.
+    """
+    learning_rate = trainer.optimizer.param_groups[0]["lr"]
+    module = find_non_finite_module(trainer.model, batches, trainer.precision)
+    images = ", ".join(str(x.get("file_name", "?")) for batch in batches for x in batch)
+    raise DivergedError(
+        f"Training stopped at iteration {trainer.iter}, learning rate {learning_rate:g}: {reason}. "
+        f"First module with non-finite output: {module or 'none, the criterion itself'}. Images of "
+        f"this step: {images}. Checkpoints already saved are untouched; continue from one with "
+        "--resume and a lower SOLVER.BASE_LR, or look at these images and their annotations."
+    )
+
+
+def find_non_finite_module(
+    model: nn.Module, batches: Sequence[list[dict[str, Any]]], precision: Any
+) -> str | None:
+    """Name of the first module, in the order of computation, whose output is not finite."""
+    with torch.no_grad(), watch_outputs(model) as found:
+        for batch in batches:
+            with precision.autocast(), suppress(FloatingPointError):
+                model(batch)
+    return found[0] if found else None
+
+
+@contextmanager
+def watch_outputs(model: nn.Module) -> Iterator[list[str]]:
+    """While open, collects the names of modules that return NaN or infinity."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if any(not torch.isfinite(tensor).all() for tensor in _tensors(output)):
+                found.append(name)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(name or type(module).__name__))
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
+    elif hasattr(output, "__dataclass_fields__"):
+        yield from _tensors(vars(output))

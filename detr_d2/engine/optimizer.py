@@ -1,0 +1,50 @@
+"""Optimizer from config."""
+
+from __future__ import annotations
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
+
+from ..errors import UserError
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW or SGD; the backbone has its own learning rate (DETR, appendix A.4).
+
+    As in the original, weight decay covers every parameter, norms and biases included. Clipping
+    by the norm of all gradients ("full_model") is the trainer's; detectron2's clipping per
+    parameter ("value", "norm") is added here.
+    """
+    solver = cfg.SOLVER
+    parameters = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        lr_factor_func=lambda name: (
+            solver.BACKBONE_MULTIPLIER if "backbone" in name.split(".") else 1.0
+        ),
+    )
+    if not parameters:
+        raise UserError("The model has no parameter to train: everything is frozen.")
+    if solver.OPTIMIZER == "ADAMW":
+        optimizer = torch.optim.AdamW(parameters, lr=solver.BASE_LR)
+    elif solver.OPTIMIZER == "SGD":
+        optimizer = torch.optim.SGD(
+            parameters, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV
+        )
+    else:
+        raise UserError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; it must be ADAMW or SGD.")
+    if full_model_clip_norm(cfg) is None:
+        optimizer = maybe_add_gradient_clipping(cfg, optimizer)
+    return optimizer
+
+
+def full_model_clip_norm(cfg: CfgNode) -> float | None:
+    """Largest norm of all gradients taken as one vector, or None where the config asks for none."""
+    clipping = cfg.SOLVER.CLIP_GRADIENTS
+    if not clipping.ENABLED or clipping.CLIP_TYPE != "full_model":
+        return None
+    return clipping.CLIP_VALUE

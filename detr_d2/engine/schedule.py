@@ -1,0 +1,47 @@
+"""Epochs as an alternative to iterations."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+
+from ..errors import UserError
+
+
+def resolve_epochs(cfg: CfgNode) -> CfgNode:
+    """A copy of the config with epochs turned into iterations of the training data.
+
+    `SOLVER.EPOCHS` becomes `SOLVER.MAX_ITER`, `SOLVER.STEP_EPOCHS` becomes `SOLVER.STEPS` and
+    `TEST.EVAL_EPOCHS` becomes `TEST.EVAL_PERIOD`; the epoch keys go back to 0, so the result
+    says each thing once.
+
+    Raises:
+        UserError: drops of the learning rate in epochs without a length in epochs.
+    """
+    solver = cfg.SOLVER
+    if solver.STEP_EPOCHS and not solver.EPOCHS:
+        raise UserError("SOLVER.STEP_EPOCHS needs SOLVER.EPOCHS, which is 0.")
+    if not solver.EPOCHS and not cfg.TEST.EVAL_EPOCHS:
+        return cfg
+    images = len(
+        get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+    )
+    per_epoch = images / solver.IMS_PER_BATCH
+
+    def iterations(epochs: float) -> int:
+        return max(1, round(epochs * per_epoch))
+
+    resolved = cfg.clone()
+    resolved.defrost()
+    if solver.EPOCHS:
+        resolved.SOLVER.MAX_ITER = iterations(solver.EPOCHS)
+        resolved.SOLVER.STEPS = tuple(iterations(e) for e in solver.STEP_EPOCHS)
+    if cfg.TEST.EVAL_EPOCHS:
+        resolved.TEST.EVAL_PERIOD = iterations(cfg.TEST.EVAL_EPOCHS)
+    resolved.SOLVER.EPOCHS = resolved.TEST.EVAL_EPOCHS = 0.0
+    resolved.SOLVER.STEP_EPOCHS = []
+    if cfg.is_frozen():
+        resolved.freeze()
+    return resolved
