@@ -1,0 +1,129 @@
+"""Loading any known format, saving atomically: detectron2's checkpointer for DETR."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from ..errors import UserError
+from .adapt import LoadReport, fit_checkpoint
+from .read import read_checkpoint
+from .write import metadata_of, write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+def load_weights(
+    model: nn.Module, path: str, class_names: Sequence[str] | None = None
+) -> tuple[LoadReport, dict[str, Any]]:
+    """Loads the weights of a checkpoint of any known format into a model, and logs what it did.
+
+    Args:
+        model: a `Detr`.
+        path: see `read_checkpoint`.
+        class_names: names of the model's classes; needed where their number differs from the
+            checkpoint's and is not one of COCO's.
+
+    Returns:
+        the account, and what the checkpoint holds besides weights.
+
+    Raises:
+        UserError: see `read_checkpoint` and `fit_checkpoint`.
+    """
+    checkpoint = read_checkpoint(path)
+    state, report = fit_checkpoint(checkpoint, model.state_dict(), path, class_names)
+    model.load_state_dict(state, strict=False)
+    report.log(path)
+    del checkpoint["model"]
+    return report, checkpoint
+
+
+class DetrCheckpointer(DetectionCheckpointer):
+    """A detectron2 checkpointer that loads every format of `FORMATS` and saves atomically.
+
+    Only public methods of its bases are overridden. Every process reads the file itself; only the
+    main process writes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        class_names: Sequence[str] | None = None,
+        config: str | None = None,
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            model: a `Detr`, wrapped for data parallelism or not.
+            save_dir: folder of the checkpoints.
+            class_names: names of the model's classes, saved with every checkpoint and used to map
+                the class head of others.
+            config: yaml of the config, saved with every checkpoint.
+            kwargs: ``save_to_disk`` and the checkpointables, see detectron2's.
+        """
+        super().__init__(model, save_dir, **kwargs)
+        self.class_names = class_names
+        self.config = config
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Loads weights, and from a checkpoint of this package the checkpointables too.
+
+        Args:
+            path: see `read_checkpoint`; empty to load nothing.
+            checkpointables: names to restore; None for all, which is how training is resumed. The
+                weights must then fit exactly.
+
+        Returns:
+            what the checkpoint holds besides, ``class_names`` and ``config`` among it.
+
+        Raises:
+            UserError: see `read_checkpoint` and `fit_checkpoint`; also when training is to go on
+                from weights that do not fit exactly.
+        """
+        if not path:
+            logger.warning("MODEL.WEIGHTS is empty: the whole model is at its initial value.")
+            return {}
+        report, checkpoint = load_weights(self.model, path, self.class_names)
+        if "package" not in checkpoint:
+            return checkpoint
+        wanted = self.checkpointables if checkpointables is None else checkpointables
+        restored = [name for name in wanted if name in checkpoint]
+        if restored and not report.exact:
+            raise UserError(
+                f"Training cannot go on from '{path}': its weights do not fit the model exactly "
+                "(see the table above). Keep the config as it was, or start anew with "
+                f"MODEL.WEIGHTS {path} and without --resume."
+            )
+        for name in restored:
+            self.checkpointables[name].load_state_dict(checkpoint.pop(name))
+        return checkpoint
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Writes ``name``.pth with everything, then makes it the last checkpoint.
+
+        Args:
+            name: of the file, without ``.pth``.
+            kwargs: further plain values to save.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        data |= metadata_of(self.class_names, self.config) | kwargs
+        file = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s", file)
+        write_atomically(file, lambda stream: torch.save(data, stream))
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Makes a file of ``save_dir`` the one that ``--resume`` goes on from."""
+        file = os.path.join(self.save_dir, "last_checkpoint")
+        write_atomically(file, lambda stream: stream.write(last_filename_basename.encode()))

@@ -1,0 +1,97 @@
+"""Which row of a checkpoint's class head belongs to which class of the model.
+
+Shape letters: R: rows of a class head, that is the classes and, last, no-object.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from detectron2.data import MetadataCatalog
+
+Names = Sequence[str | None]
+
+# What Hugging Face writes for holes and where nobody gave names.
+_NO_NAME = re.compile(r"N/A|LABEL_\d+")
+
+
+def coco_names(num_classes: int) -> list[str | None] | None:
+    """Names of COCO's classes as heads of this size count them; None where no head of COCO does.
+
+    80 contiguous classes, or rows indexed by COCO's category ids, which go up to 90 with ten holes:
+    91 for boxes, 250 where the ids of stuff follow (None: no such thing class).
+    """
+    metadata = MetadataCatalog.get("coco_2017_train")
+    if num_classes == len(metadata.thing_classes):
+        return list(metadata.thing_classes)
+    if num_classes not in (91, 250):
+        return None
+    contiguous = metadata.thing_dataset_id_to_contiguous_id
+    return [
+        metadata.thing_classes[contiguous[i]] if i in contiguous else None
+        for i in range(num_classes)
+    ]
+
+
+def names_of_rows(names: Names | None, num_classes: int) -> list[str | None] | None:
+    """The names of a head's classes: those given where they fit, else COCO's by their number.
+
+    COCO's 80 names given for a head of 91 are spread over the category ids.
+    """
+    if names is not None and len(names) == num_classes:
+        return [None if _NO_NAME.fullmatch(name or "N/A") else name for name in names]
+    if names is None or list(names) == coco_names(80):
+        return coco_names(num_classes)
+    return None
+
+
+def match_rows(
+    source: int, target: int, source_names: Names | None, target_names: Names | None
+) -> tuple[list[int | None] | None, str]:
+    """Finds for each row of the model's class head the row of the checkpoint to take.
+
+    Args:
+        source: R of the checkpoint.
+        target: R of the model.
+        source_names: class names the checkpoint tells, or None.
+        target_names: class names of the model's data set, or None.
+
+    Returns:
+        for each of the model's rows the checkpoint's row, None where it has none; and a sentence
+        for the log. No list at all means: take the head as it is (then the sentence, if there is
+        one, is a warning).
+    """
+    ours = names_of_rows(target_names, target - 1)
+    theirs = names_of_rows(source_names, source - 1)
+    found = {name.casefold(): row for row, name in enumerate(theirs or ()) if name is not None}
+    rows = [found.get(name.casefold()) if name else None for name in ours or ()]
+    matched, wanted = (sum(x is not None for x in side) for side in (rows, ours or ()))
+
+    if source == target and (ours is None or theirs is None):
+        return None, ""
+    if source == target and matched < wanted:
+        return None, (
+            "Class head loaded unchanged although its classes have other names: "
+            f"{_sample(theirs)} in the checkpoint, {_sample(ours)} in the model's data set."
+        )
+    if source == target and all(row in (None, i) for i, row in enumerate(rows)):
+        return None, ""
+    if ours is None or theirs is None:
+        side = "the model's data set" if ours is None else "the checkpoint"
+        rows = [None] * (target - 1)
+        note = (
+            f"Class head left at its INITIAL value but for no-object: the checkpoint has "
+            f"{source - 1} classes, the model {target - 1}, and the names of {side} are not known."
+        )
+    else:
+        note = (
+            f"Class head mapped by class names: {matched} of the model's {wanted} classes found "
+            f"among the checkpoint's {source - 1}"
+            + ("." if matched == wanted else ", the others left at their INITIAL value.")
+        )
+    return [*rows, source - 1], note
+
+
+def _sample(names: Names) -> str:
+    return ", ".join(f"'{name}'" for name in names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,149 @@
+"""Class heads and object queries of other numbers than the model's."""
+
+import logging
+
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+
+from detr_d2.checkpoint import fit_checkpoint
+from detr_d2.errors import UserError
+
+HEAD = "transformer.decoder.heads.0.class_head.weight"
+QUERIES = "transformer.queries.position.weight"
+# COCO's categories with the lowest and highest ids, and those around the first hole (there is no
+# category 12) in the official list: id -> name.
+SOME_COCO = {
+    1: "person",
+    11: "fire hydrant",
+    13: "stop sign",
+    14: "parking meter",
+    90: "toothbrush",
+}
+HOLES = [12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
+
+
+@pytest.fixture(autouse=True)
+def log_reaches_caplog(monkeypatch):
+    """detectron2's setup_logger, called by another test, would keep the records from it."""
+    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+
+
+def head(rows: int, offset: float = 0.0) -> torch.Tensor:
+    """Row i holds i + offset, so a row tells where it comes from."""
+    return (torch.arange(rows) + offset).view(-1, 1).expand(rows, 4).clone()
+
+
+def fit(source, target, source_names=None, target_names=None):
+    """The rows of the fitted head: 1000 + i where row i kept its initial value."""
+    checkpoint = {"model": {HEAD: source, QUERIES: torch.zeros(2, 4)}}
+    if source_names is not None:
+        checkpoint["class_names"] = source_names
+    model = {HEAD: target, QUERIES: torch.zeros(2, 4)}
+    state, report = fit_checkpoint(checkpoint, model, "file.pth", target_names)
+    return state[HEAD][:, 0].tolist(), report
+
+
+def test_coco_head_of_category_ids_is_loaded_unchanged():
+    rows, report = fit(head(92), head(92, 1000))
+    assert rows == list(range(92))
+    assert report.exact and not report.notes
+
+
+def test_coco_head_maps_to_contiguous_classes():
+    names = MetadataCatalog.get("coco_2017_train").thing_classes
+    expected = [i for i in range(1, 91) if i not in HOLES] + [91]
+    for target_names in (None, names):
+        rows, report = fit(head(92), head(81, 1000), target_names=target_names)
+        assert rows == expected
+        assert not report.exact
+    for category, name in SOME_COCO.items():
+        assert rows[names.index(name)] == category
+
+
+def test_contiguous_coco_head_maps_to_category_ids():
+    rows, _ = fit(head(81), head(92, 1000))
+    assert rows[1] == 0 and rows[13] == 11 and rows[90] == 79 and rows[91] == 80
+    assert [rows[i] for i in [0, *HOLES]] == [1000 + i for i in [0, *HOLES]]
+
+
+def test_panoptic_head_shares_the_category_ids_of_things():
+    rows, _ = fit(head(251), head(92, 1000))
+    assert rows[90] == 90 and rows[91] == 250
+    assert rows[12] == 1012
+
+
+def test_other_class_counts_map_by_name():
+    names = ["unicorn", "Stop Sign", "person"]
+    rows, report = fit(head(92), head(4, 1000), target_names=names)
+    assert rows == [1000, 13, 1, 91]
+    assert "2 of the model's 3 classes" in report.notes[0]
+
+
+def test_other_class_counts_map_by_the_checkpoints_own_names():
+    rows, _ = fit(head(4), head(3, 1000), ["a", "b", "c"], ["c", "a"])
+    assert rows == [2, 0, 3]
+
+
+@pytest.mark.parametrize("names", [(None, ["a", "b"]), (["a", "b", "c"], None)])
+def test_unknown_names_leave_the_head_but_no_object(names, caplog):
+    rows, report = fit(head(4), head(3, 1000), *names)
+    assert rows == [1000, 1001, 3]
+    report.log("file.pth")
+    assert "INITIAL" in caplog.text and "not known" in caplog.text
+
+
+def test_placeholder_names_of_hugging_face_are_no_names():
+    rows, _ = fit(head(3), head(4, 1000), ["LABEL_0", "LABEL_1"], ["LABEL_0", "LABEL_1", "N/A"])
+    assert rows == [1000, 1001, 1002, 2]
+
+
+def test_same_classes_in_another_order_are_reordered():
+    rows, report = fit(head(4), head(4, 1000), ["a", "b", "c"], ["c", "a", "b"])
+    assert rows == [2, 0, 1, 3]
+    assert not report.exact
+
+
+def test_as_many_other_classes_are_loaded_unchanged_with_a_warning():
+    rows, report = fit(head(3), head(3, 1000), ["a", "b"], ["c", "d"])
+    assert rows == [0, 1, 2]
+    assert "'a', 'b'" in report.notes[0] and "'c', 'd'" in report.notes[0]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(5, 8), (8, 5)])
+def test_number_of_queries_may_differ(theirs, ours, caplog):
+    checkpoint = {"model": {QUERIES: head(theirs)}}
+    model = {QUERIES: head(ours, 1000)}
+    state, report = fit_checkpoint(checkpoint, model, "file.pth")
+    expected = [0, 1, 2, 3, 4] + [1005, 1006, 1007][: max(0, ours - theirs)]
+    assert state[QUERIES][:, 0].tolist() == expected
+    report.log("file.pth")
+    assert f"{theirs} object queries" in caplog.text
+    assert model[QUERIES][0, 0] == 1000  # the model itself is not touched
+
+
+def test_half_precision_weights_take_the_precision_of_the_model():
+    rows, _ = fit(head(92).half(), head(81, 1000))
+    assert rows[0] == 1.0
+    state, _ = fit_checkpoint({"model": {HEAD: head(92).half()}}, {HEAD: head(81)}, "file.pth")
+    assert state[HEAD].dtype == torch.float32
+
+
+def test_report_counts_tensors_by_part():
+    checkpoint = {
+        "model": {HEAD: head(3), QUERIES: head(2), "transformer.decoder.norm.bias": head(1)}
+    }
+    model = {HEAD: head(3), QUERIES: head(2), "transformer.decoder.norm.bias": head(1)}
+    model |= {f"transformer.encoder.layers.{i}.ffn.linear1.bias": head(1) for i in range(2)}
+    checkpoint["model"]["transformer.encoder.layers.7.ffn.linear1.bias"] = head(1)
+    _, report = fit_checkpoint(checkpoint, model, "file.pth")
+    table = [line.split() for line in report.table().splitlines()]
+    assert ["class", "head", "1", "0", "0"] in table
+    assert ["encoder", "0", "2", "1"] in table
+    assert not report.exact and not report.transformer_untrained
+
+
+def test_many_tensors_of_an_unknown_kind_are_another_model():
+    checkpoint = {"model": {QUERIES: head(2), "transformer.level_embed": head(1)}}
+    with pytest.raises(UserError, match="file.pth.*another model.*transformer.level_embed"):
+        fit_checkpoint(checkpoint, {QUERIES: head(2)}, "file.pth")

@@ -1,0 +1,231 @@
+"""Saving is atomic, and what was saved is restored exactly or not at all."""
+
+import inspect
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
+from fvcore.common.checkpoint import Checkpointer
+from torch import nn
+
+from detr_d2.checkpoint import DetrCheckpointer
+from detr_d2.checkpoint.write import write_atomically
+from detr_d2.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def log_reaches_caplog(monkeypatch):
+    """detectron2's setup_logger, called by another test, would keep the records from it."""
+    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+
+
+class Model(nn.Module):
+    """As few tensors as the format is recognised by."""
+
+    def __init__(self, queries: int = 4, value: float = 0.0):
+        super().__init__()
+        self.transformer = nn.Module()
+        self.transformer.queries = nn.Module()
+        self.transformer.queries.position = nn.Embedding(queries, 2)
+        nn.init.constant_(self.transformer.queries.position.weight, value)
+
+    @property
+    def value(self) -> float:
+        return self.transformer.queries.position.weight[0, 0].item()
+
+
+class Counter:
+    """A checkpointable, as the trainer is one."""
+
+    def __init__(self, count: int = 0):
+        self.count = count
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+def run(script: str, *arguments: str, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, **options)
+
+
+def test_resume_restores_everything(tmp_path):
+    names = ["a", "b"]
+    saving = DetrCheckpointer(
+        Model(value=3.0), str(tmp_path), class_names=names, config="X: 1\n", trainer=Counter(7)
+    )
+    saving.save("model_0000007", iteration=7)
+    counter, model = Counter(), Model()
+    resuming = DetrCheckpointer(model, str(tmp_path), trainer=counter)
+    rest = resuming.resume_or_load("", resume=True)
+    assert model.value == 3.0 and counter.count == 7
+    assert (rest["class_names"], rest["config"], rest["iteration"]) == (names, "X: 1\n", 7)
+
+
+def test_weights_alone_leave_the_trainer(tmp_path):
+    DetrCheckpointer(Model(value=3.0), str(tmp_path), trainer=Counter(7)).save("first")
+    counter, model = Counter(), Model()
+    checkpointer = DetrCheckpointer(model, str(tmp_path / "other"), trainer=counter)
+    checkpointer.resume_or_load(str(tmp_path / "first.pth"), resume=True)
+    assert model.value == 3.0 and counter.count == 0
+
+
+def test_foreign_training_state_is_not_restored(tmp_path):
+    """The official script also saves an 'optimizer', which is not ours."""
+    state = {"query_embed.weight": torch.full((4, 2), 5.0), "backbone.0.body.x.y": torch.ones(1)}
+    torch.save({"model": state, "optimizer": {"count": 9}}, tmp_path / "foreign.pth")
+    optimizer, model = Counter(), Model()
+    model.register_module("backbone", nn.ModuleDict({"body": nn.ModuleDict({"x": nn.Module()})}))
+    model.backbone.body.x.register_buffer("y", torch.zeros(1))
+    DetrCheckpointer(model, optimizer=optimizer).load(str(tmp_path / "foreign.pth"))
+    assert model.value == 5.0 and optimizer.count == 0
+
+
+def test_training_does_not_go_on_from_weights_that_do_not_fit(tmp_path):
+    DetrCheckpointer(Model(queries=6), str(tmp_path), trainer=Counter(7)).save("model_final")
+    counter = Counter()
+    checkpointer = DetrCheckpointer(Model(queries=4), str(tmp_path), trainer=counter)
+    with pytest.raises(UserError, match="model_final.pth.*do not fit.*--resume"):
+        checkpointer.resume_or_load("", resume=True)
+    assert counter.count == 0
+
+
+def test_last_checkpoint_that_is_gone_is_named(tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    with pytest.raises(UserError, match="model_0000009.pth.*does not exist"):
+        DetrCheckpointer(Model(), str(tmp_path)).resume_or_load("", resume=True)
+
+
+def test_nothing_to_load_says_so(tmp_path, caplog):
+    assert DetrCheckpointer(Model(), str(tmp_path)).load("") == {}
+    assert "initial value" in caplog.text
+
+
+def test_only_the_main_process_writes(tmp_path):
+    DetrCheckpointer(Model(), str(tmp_path), save_to_disk=False).save("model_final")
+    assert not list(tmp_path.iterdir())
+
+
+def test_periodic_checkpointer_keeps_the_latest(tmp_path):
+    checkpointer = DetrCheckpointer(Model(), str(tmp_path))
+    periodic = PeriodicCheckpointer(checkpointer, period=1, max_iter=4, max_to_keep=2)
+    for iteration in range(4):
+        periodic.step(iteration)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["last_checkpoint", "model_0000002.pth", "model_0000003.pth", "model_final.pth"]
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_final.pth")
+
+
+def test_failed_write_leaves_the_previous_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("previous")
+
+    def fail(stream):
+        stream.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(str(path), fail)
+    assert path.read_text() == "previous"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_kill_in_the_middle_of_a_write(tmp_path):
+    """The writer has written half of a new file of the same name when it is killed."""
+    DetrCheckpointer(Model(value=1.0), str(tmp_path), trainer=Counter(1)).save("model_final")
+    process = run(
+        """
+        import sys, time
+        from detr_d2.checkpoint.write import write_atomically
+
+        def write(stream):
+            stream.write(b"half of a checkpoint")
+            stream.flush()
+            print("writing", flush=True)
+            time.sleep(60)
+
+        write_atomically(sys.argv[1], write)
+        """,
+        str(tmp_path / "model_final.pth"),
+    )
+    assert process.stdout.readline() == "writing\n"
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    model, counter = Model(), Counter()
+    DetrCheckpointer(model, str(tmp_path), trainer=counter).resume_or_load("", resume=True)
+    assert model.value == 1.0 and counter.count == 1
+    # What the killed process left is overwritten, not collected.
+    DetrCheckpointer(model, str(tmp_path)).save("model_final")
+    assert {path.name for path in tmp_path.iterdir()} == {"last_checkpoint", "model_final.pth"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kills_at_random_moments(tmp_path):
+    """20 children save 4 MB again and again and are killed; each time the last file is whole."""
+    process = run(
+        """
+        import os, random, signal, sys, time
+        import torch
+        from torch import nn
+        from detr_d2.checkpoint import DetrCheckpointer, read_checkpoint
+
+        model = nn.Module()
+        model.register_buffer("weight", torch.zeros(1 << 20))
+        checkpointer = DetrCheckpointer(model, sys.argv[1])
+        checkpointer.save("model_0", iteration=0)
+
+        def save_for_ever(number):
+            while True:
+                number += 1
+                model.weight.fill_(number)
+                checkpointer.save(f"model_{number % 2}", iteration=number)
+
+        random.seed(0)
+        number = interrupted = progressed = 0
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                save_for_ever(number)
+            time.sleep(random.uniform(0.02, 0.15))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            interrupted += os.path.exists(os.path.join(sys.argv[1], ".unfinished_checkpoint"))
+            checkpoint = read_checkpoint(checkpointer.get_checkpoint_file())
+            (weight,) = checkpoint["model"].values()
+            assert bool((weight == checkpoint["iteration"]).all())
+            assert checkpoint["iteration"] >= number
+            progressed += checkpoint["iteration"] > number
+            number = checkpoint["iteration"]
+        print(interrupted, progressed)
+        """,
+        str(tmp_path),
+    )
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    interrupted, progressed = map(int, output.split())
+    # Otherwise no kill came in the middle of a write, or nothing was ever saved.
+    assert interrupted >= 3 and progressed >= 3
+
+
+def test_only_public_methods_of_the_bases_are_overridden():
+    inherited = set(dir(DetectionCheckpointer)) | set(dir(Checkpointer))
+    overridden = {name for name in vars(DetrCheckpointer) if name in inherited}
+    private = {name for name in overridden if name.startswith("_") and not name.startswith("__")}
+    assert not private
+    assert {"load", "save", "tag_last_checkpoint"} <= overridden
+    for name in ("load", "save", "tag_last_checkpoint"):
+        ours = inspect.signature(getattr(DetrCheckpointer, name)).parameters
+        assert list(ours) == list(inspect.signature(getattr(Checkpointer, name)).parameters)

@@ -1,0 +1,31 @@
+#!/usr/bin/env python
+"""Writes a checkpoint of any known format as another.
+
+tools/convert_weights.py detr-r50-e632da11.pth detr_r50.safetensors --to own
+"""
+
+import argparse
+
+from detectron2.utils.logger import setup_logger
+
+from detr_d2.checkpoint import WRITABLE, convert_checkpoint
+from detr_d2.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("input", help="file, Hugging Face directory, or URL")
+    parser.add_argument(
+        "output", help="file; .safetensors, or torch's format with any other ending"
+    )
+    parser.add_argument("--to", required=True, choices=list(WRITABLE))
+    arguments = parser.parse_args()
+    setup_logger(name="detr_d2")
+    try:
+        convert_checkpoint(arguments.input, arguments.output, arguments.to)
+    except UserError as error:
+        parser.exit(1, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()
