@@ -76,6 +76,8 @@ def _add_input_keys(cfg: CfgNode) -> None:
     # What to do with annotations that no detector can learn from (empty boxes, NaN, boxes outside
     # the image): "drop" reports and leaves them out, "error" refuses the data set.
     cfg.INPUT.FAULTY_ANNOTATIONS = "drop"
+    # Rasterised masks, as in the original. detectron2's default, "polygon", refuses RLE.
+    cfg.INPUT.MASK_FORMAT = "bitmask"
     # Train on without images that cannot be read, instead of stopping at the first.
     cfg.INPUT.SKIP_UNREADABLE_IMAGES = False
 

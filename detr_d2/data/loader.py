@@ -7,6 +7,7 @@ was interrupted before and however many workers load it.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,11 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetFromList,
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -29,6 +27,8 @@ from ..errors import UserError
 from .annotations import check_annotations
 from .classes import resolve_num_classes
 from .dataset_mapper import DetrDatasetMapper
+
+logger = logging.getLogger(__name__)
 
 
 def derive_seed(*numbers: int) -> int:
@@ -152,22 +152,41 @@ def get_training_dicts(cfg: CfgNode) -> list[dict]:
     """Dataset dictionaries of `DATASETS.TRAIN`, with their annotations checked.
 
     Raises:
-        UserError: nothing to train on.
+        UserError: nothing to train on, or annotations that cannot be used.
     """
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name at least one data set to train on.")
-    names = ", ".join(cfg.DATASETS.TRAIN)
-    dataset_dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
+    num_classes = resolve_num_classes(cfg)
+    dataset_dicts = []
+    for name in cfg.DATASETS.TRAIN:
+        dataset_dicts += check_annotations(
+            DatasetCatalog.get(name),
+            cfg.INPUT.FAULTY_ANNOTATIONS,
+            name,
+            num_classes=num_classes,
+            masks=cfg.MODEL.MASK_ON,
+        )
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        dataset_dicts = filter_images_with_only_crowd_annotations(dataset_dicts)
     if not dataset_dicts:
+        names = ", ".join(cfg.DATASETS.TRAIN)
         raise UserError(f"DATASETS.TRAIN ({names}) has no image to train on.")
-    return check_annotations(
-        dataset_dicts,
-        cfg.INPUT.FAULTY_ANNOTATIONS,
-        names,
-        num_classes=resolve_num_classes(cfg),
-    )
+    warn_of_few_queries(dataset_dicts, cfg.MODEL.DETR.NUM_OBJECT_QUERIES)
+    return dataset_dicts
+
+
+def warn_of_few_queries(dataset_dicts: Sequence[dict], num_queries: int) -> None:
+    """Objects beyond the number of queries can never be detected."""
+    counts = [
+        sum(not annotation.get("iscrowd", 0) for annotation in d.get("annotations", ()))
+        for d in dataset_dicts
+    ]
+    crowded = sum(count > num_queries for count in counts)
+    if crowded:
+        logger.warning(
+            f"{crowded} of {len(counts)} images have more objects (up to {max(counts)}) than the "
+            f"model has queries: raise MODEL.DETR.NUM_OBJECT_QUERIES, now {num_queries}."
+        )
 
 
 def images_per_forward(cfg: CfgNode) -> int:

@@ -1,5 +1,16 @@
 from .optimizer import build_optimizer
+from .precision import Precision
+from .predictor import DetrPredictor
 from .schedule import resolve_epochs
-from .trainer import DetrTrainer
+from .step import StepTrainer
+from .trainer import DetrTrainer, build_checkpointer
 
-__all__ = ["DetrTrainer", "build_optimizer", "resolve_epochs"]
+__all__ = [
+    "DetrPredictor",
+    "DetrTrainer",
+    "Precision",
+    "StepTrainer",
+    "build_checkpointer",
+    "build_optimizer",
+    "resolve_epochs",
+]

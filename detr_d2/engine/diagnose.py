@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from .trainer import DetrTrainer
+    from .precision import Precision
+    from .step import StepTrainer
 
 
 class DivergedError(UserError, FloatingPointError):
     """The loss became infinite or NaN."""
 
 
-def explain_non_finite_loss(
-    trainer: DetrTrainer, batches: Sequence[list[dict[str, Any]]], reason: str
+def explain_non_finite(
+    trainer: StepTrainer, batches: Sequence[list[dict[str, Any]]], reason: str
 ) -> NoReturn:
     """Stops the training with all there is to know; the weights are those before the step.
 
@@ -40,13 +41,15 @@ def explain_non_finite_loss(
 
 
 def find_non_finite_module(
-    model: nn.Module, batches: Sequence[list[dict[str, Any]]], precision: Any
+    model: nn.Module, batches: Sequence[list[dict[str, Any]]], precision: Precision
 ) -> str | None:
     """Name of the first module, in the order of computation, whose output is not finite."""
+    # Not the distributed wrapper nor the criterion: both would wait for the other processes.
+    model = getattr(model, "module", model)
     with torch.no_grad(), watch_outputs(model) as found:
         for batch in batches:
-            with precision.autocast(), suppress(FloatingPointError):
-                model(batch)
+            with precision.autocast():
+                model.predict(batch)
     return found[0] if found else None
 
 

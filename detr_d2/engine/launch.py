@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.engine import default_argument_parser, launch
+from torch.multiprocessing import ProcessRaisedException
 
 from ..errors import UserError
 
@@ -47,4 +48,9 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
             args=(args,),
         )
     except UserError as error:
-        sys.exit(f"error: {error}")
+        # A data loader's worker wraps the message in its own traceback.
+        sys.exit(f"error: {str(error).rpartition('Error: ')[2].strip()}")
+    except ProcessRaisedException as error:
+        # One of several processes: the text is its traceback, whose last line is the message.
+        print(error, file=sys.stderr)
+        sys.exit(f"error: {str(error).strip().rpartition(chr(10))[2]}")

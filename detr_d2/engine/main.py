@@ -8,12 +8,13 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from yaml import YAMLError
 
 from ..config import get_detr_cfg
 from ..data import parse_register_argument, register_coco_dataset
 from ..data.classes import check_num_classes
 from ..errors import UserError
-from .schedule import resolve_epochs
 from .trainer import DetrTrainer, build_checkpointer
 
 
@@ -26,8 +27,6 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
     Raises:
         UserError: a wrong file, key or number.
     """
-    for argument in args.register:
-        register_coco_dataset(*parse_register_argument(argument))
     cfg = setup(args)
     if args.eval_only:
         return evaluate(cfg, args.resume)
@@ -37,20 +36,36 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The config of a command line, checked against its data sets and frozen; starts logging."""
-    cfg = get_detr_cfg()
-    try:
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
-    except FileNotFoundError as error:
-        raise UserError(f"--config-file {args.config_file!r} does not exist.") from error
-    except (KeyError, AssertionError, ValueError) as error:
-        raise UserError(f"{args.config_file or 'command line'}: {error.args[0]}") from error
-    check_num_classes(cfg)
-    if not args.eval_only:
-        cfg = resolve_epochs(cfg)
+    """Starts logging, registers `--register`ed data; the command line's config, checked, frozen."""
+    cfg = load_config(args.config_file, args.opts)
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_d2")
+    for argument in args.register:
+        register_coco_dataset(
+            *parse_register_argument(argument),
+            allow_missing_images=cfg.INPUT.SKIP_UNREADABLE_IMAGES,
+        )
+    check_num_classes(cfg)
+    return cfg
+
+
+def load_config(config_file: str, overrides: list[str]) -> CfgNode:
+    """
+    Raises:
+        UserError: the file does not exist or is not yaml, or a key or value is not possible.
+    """
+    cfg = get_detr_cfg()
+    source = f"--config-file {config_file}"
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+        source = "The command line"
+        cfg.merge_from_list(overrides)
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error}.") from error
+    except (KeyError, AssertionError, ValueError, YAMLError) as error:
+        raise UserError(f"{source}: {error.args[0] if error.args else error}") from error
     return cfg
 
 

@@ -14,25 +14,31 @@ class Precision:
     Gradients are scaled for float16 only, whose range is too small for them.
     """
 
-    def __init__(self, cfg: CfgNode, device: torch.device):
+    def __init__(self, device: torch.device | str, enabled: bool = False, dtype: str = "auto"):
         """
+        Args:
+            dtype: "float16", "bfloat16", or "auto": float16 on CUDA, as in detectron2, bfloat16
+                elsewhere.
+
         Raises:
             UserError: an unknown type, or float16 on a CPU.
         """
-        amp = cfg.SOLVER.AMP
-        self.enabled = amp.ENABLED
-        self.device_type = device.type
-        name = amp.DTYPE
-        if name == "auto":
-            name = "float16" if device.type == "cuda" else "bfloat16"
-        if name not in ("float16", "bfloat16"):
-            raise UserError(f"SOLVER.AMP.DTYPE is {name!r}; it must be auto, float16 or bfloat16.")
-        if name == "float16" and device.type == "cpu":
+        self.enabled = enabled
+        self.device_type = torch.device(device).type
+        if dtype == "auto":
+            dtype = "float16" if self.device_type == "cuda" else "bfloat16"
+        if dtype not in ("float16", "bfloat16"):
+            raise UserError(f"SOLVER.AMP.DTYPE is {dtype!r}; it must be auto, float16 or bfloat16.")
+        if enabled and dtype == "float16" and self.device_type == "cpu":
             raise UserError("SOLVER.AMP.DTYPE float16 needs a GPU; CPUs train in bfloat16.")
-        self.dtype = getattr(torch, name)
+        self.dtype = getattr(torch, dtype)
         self.scaler = torch.amp.GradScaler(
-            device.type, enabled=self.enabled and self.dtype == torch.float16
+            self.device_type, enabled=enabled and self.dtype == torch.float16
         )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Precision:
+        return cls(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 
 from ..errors import UserError
 
 
-def resolve_epochs(cfg: CfgNode) -> CfgNode:
-    """A copy of the config with epochs turned into iterations of the training data.
+def resolve_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
+    """The config with epochs turned into iterations over `num_images` training images.
 
     `SOLVER.EPOCHS` becomes `SOLVER.MAX_ITER`, `SOLVER.STEP_EPOCHS` becomes `SOLVER.STEPS` and
     `TEST.EVAL_EPOCHS` becomes `TEST.EVAL_PERIOD`; the epoch keys go back to 0, so the result
@@ -23,12 +22,7 @@ def resolve_epochs(cfg: CfgNode) -> CfgNode:
         raise UserError("SOLVER.STEP_EPOCHS needs SOLVER.EPOCHS, which is 0.")
     if not solver.EPOCHS and not cfg.TEST.EVAL_EPOCHS:
         return cfg
-    images = len(
-        get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-        )
-    )
-    per_epoch = images / solver.IMS_PER_BATCH
+    per_epoch = num_images / solver.IMS_PER_BATCH
 
     def iterations(epochs: float) -> int:
         return max(1, round(epochs * per_epoch))

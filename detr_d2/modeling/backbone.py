@@ -13,6 +13,8 @@ from detectron2.modeling.backbone.resnet import (
 )
 from torch import Tensor
 
+from ..errors import UserError
+
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
@@ -22,7 +24,7 @@ def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     torchvision, with which the published DC5 weights were trained, does not.
     """
     if cfg.MODEL.RESNETS.RES5_DILATION != 2:
-        raise ValueError(
+        raise UserError(
             "build_resnet_dc5_backbone needs MODEL.RESNETS.RES5_DILATION: 2, "
             f"got {cfg.MODEL.RESNETS.RES5_DILATION}."
         )
@@ -78,7 +80,7 @@ class TimmBackbone(Backbone):
         super().__init__()
         try:
             import timm
-            import timm.utils
+            import timm.layers
         except ImportError as error:
             raise ImportError(
                 "MODEL.BACKBONE.NAME is build_timm_backbone, which needs timm: pip install timm"
@@ -87,9 +89,9 @@ class TimmBackbone(Backbone):
         try:
             body = timm.create_model(name, pretrained=pretrained, features_only=True, **arguments)
         except RuntimeError as error:
-            raise ValueError(f"MODEL.TIMM.NAME is {name!r}: timm says: {error}") from error
+            raise UserError(f"MODEL.TIMM.NAME is {name!r}: timm says: {error}") from error
         if freeze_norm:
-            body = timm.utils.freeze_batch_norm_2d(body)
+            body = timm.layers.freeze_batch_norm_2d(body)
         self.body = body
         info = body.feature_info
         self._out_features = [f"p{index}" for index in range(len(info.channels()))]

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..criterion import SetCriterion
 from ..data.classes import resolve_num_classes
+from ..errors import UserError
 from ..matcher import HungarianMatcher
 from .attention import PlainCrossAttention, SelfAttention
 from .heads import PredictionHead, SoftmaxClassification
@@ -23,6 +24,11 @@ POSITION_EMBEDDINGS = {"sine": SinePositionEmbedding, "learned": LearnedPosition
 
 def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
     """The parts of `Detr` that a config describes, by the names of its arguments."""
+    if cfg.MODEL.MASK_ON or cfg.MODEL.DETR.FROZEN_WEIGHTS:
+        raise UserError(
+            "MODEL.MASK_ON and MODEL.DETR.FROZEN_WEIGHTS need a mask head, which this version does "
+            "not have: set them to False and ''."
+        )
     backbone = build_backbone(cfg)
     classification = SoftmaxClassification(
         resolve_num_classes(cfg), cfg.MODEL.DETR.NO_OBJECT_WEIGHT
@@ -41,12 +47,12 @@ def build_neck(cfg: CfgNode, backbone: nn.Module) -> nn.Module:
     names = cfg.MODEL.DETR.IN_FEATURES or list(shapes)[-1:]
     for name in names:
         if name not in shapes:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.DETR.IN_FEATURES names {name!r}, but the backbone "
                 f"{cfg.MODEL.BACKBONE.NAME} gives only {', '.join(shapes)}."
             )
     if len(names) != 1:
-        raise ValueError(
+        raise UserError(
             f"MODEL.DETR.IN_FEATURES has {len(names)} entries ({', '.join(names)}): DETR's encoder "
             "attends to one map, name one."
         )
@@ -112,5 +118,5 @@ def build_criterion(cfg: CfgNode, classification: nn.Module) -> SetCriterion:
 
 def _choose(table: dict[str, Any], name: str, key: str) -> Any:
     if name not in table:
-        raise ValueError(f"{key} is {name!r}; it must be one of {', '.join(sorted(table))}.")
+        raise UserError(f"{key} is {name!r}; it must be one of {', '.join(sorted(table))}.")
     return table[name]

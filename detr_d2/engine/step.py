@@ -1,0 +1,161 @@
+"""One optimizer step in plain PyTorch, under detectron2's hooks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer, TrainerBase
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..data.loader import derive_seed
+from .diagnose import explain_non_finite
+from .precision import Precision
+
+logger = logging.getLogger(__name__)
+
+Batch = list[dict[str, Any]]
+
+
+class StepTrainer(TrainerBase):
+    """Forward, loss, backward, clip, step; each step over one or more batches.
+
+    Everything random in a step depends on the seed and the iteration alone, so a training that was
+    interrupted goes on exactly as it would have.
+    """
+
+    # Class attributes, so that they come before properties of the same names in other bases.
+    model: nn.Module = None
+    data_loader: Iterable[Batch] = None
+    optimizer: torch.optim.Optimizer = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        build_loader: Callable[[int], Iterable[Batch]],
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: Precision,
+        accumulation_steps: int = 1,
+        max_gradient_norm: float | None = None,
+        seed: int | None = None,
+    ):
+        """
+        Args:
+            model: takes (batch, object counts), returns weighted losses by name.
+            build_loader: seed -> loader of `detr_d2.data.loader.build_train_loader`'s kind.
+            precision: autocast and gradient scaling.
+            accumulation_steps: batches per optimizer step.
+            max_gradient_norm: of all gradients taken as one vector; None does not clip.
+            seed: None draws one, the same on all processes.
+        """
+        TrainerBase.__init__(self)  # not super(): in DetrTrainer that is DefaultTrainer's
+        self.model = distribute(model)
+        self.model.train()
+        self.optimizer = optimizer
+        self.precision = precision
+        self.accumulation_steps = accumulation_steps
+        self.max_gradient_norm = max_gradient_norm
+        self.seed = comm.shared_random_seed() if seed is None else seed
+        self.build_loader = build_loader
+        self.data_loader = build_loader(self.seed)
+        self._batches: Iterator[Batch] | None = None
+
+    def before_train(self) -> None:
+        sampler = self.data_loader.batch_sampler
+        sampler.start_batch = self.start_iter * self.accumulation_steps
+        self._batches = iter(self.data_loader)
+        super().before_train()
+
+    def run_step(self) -> None:
+        torch.manual_seed(derive_seed(self.seed, self.iter, comm.get_rank()))
+        start = time.perf_counter()
+        batches = [next(self._batches) for _ in range(self.accumulation_steps)]
+        data_time = time.perf_counter() - start
+
+        self.optimizer.zero_grad()
+        losses = self.backward(batches)
+        self.precision.scaler.unscale_(self.optimizer)
+        self.clip_gradients(batches)
+        self.precision.scaler.step(self.optimizer)
+        self.precision.scaler.update()
+        SimpleTrainer.write_metrics(losses, data_time, self.iter)
+
+    def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Losses of the step, detached; raises DivergedError where they are not finite."""
+        try:
+            losses = accumulate_gradients(self.model, batches, self.precision)
+        except FloatingPointError as error:
+            explain_non_finite(self, batches, str(error))
+        if not torch.isfinite(sum(losses.values())):
+            shown = ", ".join(f"{name} {float(loss):g}" for name, loss in losses.items())
+            explain_non_finite(self, batches, f"the loss is not finite ({shown})")
+        return losses
+
+    def clip_gradients(self, batches: Sequence[Batch]) -> None:
+        """Scales the gradients down to `max_gradient_norm`; raises DivergedError on NaN."""
+        if self.max_gradient_norm is None:
+            return
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
+        if self.precision.scaler.is_enabled():
+            return  # overflow is part of float16; the scaler skips such a step
+        norm = norm.item()
+        if norm != norm or norm == float("inf"):
+            explain_non_finite(self, batches, f"the norm of the gradients is {norm}")
+        get_event_storage().put_scalar("gradient_norm", norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **TrainerBase.state_dict(self),
+            "seed": self.seed,
+            "grad_scaler": self.precision.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        self.precision.scaler.load_state_dict(state_dict["grad_scaler"])
+        if state_dict["seed"] != self.seed:
+            self.seed = state_dict["seed"]
+            self.data_loader = self.build_loader(self.seed)
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model itself in a single process, else DistributedDataParallel on its device."""
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    device_ids = [comm.get_local_rank()] if on_gpu else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def accumulate_gradients(
+    model: nn.Module, batches: Sequence[Batch], precision: Precision
+) -> dict[str, Tensor]:
+    """Forward and backward of each batch; the gradients are those of one batch of all images.
+
+    Args:
+        batches: the batches of one optimizer step.
+
+    Returns:
+        The step's losses, detached.
+    """
+    object_counts = [len(image["instances"]) for batch in batches for image in batch]
+    totals: dict[str, Tensor] = {}
+    for index, batch in enumerate(batches):
+        is_last = index == len(batches) - 1
+        # Processes exchange gradients once per step, after the last batch.
+        distributed = isinstance(model, DistributedDataParallel)
+        with model.no_sync() if distributed and not is_last else nullcontext():
+            with precision.autocast():
+                losses = model(batch, object_counts)
+            precision.scaler.scale(sum(losses.values())).backward()
+        for name, loss in losses.items():
+            totals[name] = totals.get(name, 0) + loss.detach()
+    return totals
