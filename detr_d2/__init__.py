@@ -14,11 +14,11 @@ if find_spec("detectron2") is None:
         "(needs torch and a C++ compiler), or without a compiler: python tools/setup_env.py"
     )
 
-from . import modeling
+from . import model_zoo, modeling
 from .config import add_detr_config, get_detr_cfg
 from .data import register_coco_dataset, register_digit_scenes
 
 register_digit_scenes()
 
 __version__ = "0.1.0"
-__all__ = ["add_detr_config", "get_detr_cfg", "modeling", "register_coco_dataset"]
+__all__ = ["add_detr_config", "get_detr_cfg", "model_zoo", "modeling", "register_coco_dataset"]

@@ -34,12 +34,12 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     area1, area2 = box_area(boxes1), box_area(boxes2)
     low = boxes1[..., :2].maximum(boxes2[..., :2])
     high = boxes1[..., 2:].minimum(boxes2[..., 2:])
-    intersection = (high - low).clamp(min=0).prod(-1)
+    intersection = _product((high - low).clamp(min=0))
     union = area1 + area2 - intersection
 
     hull_low = boxes1[..., :2].minimum(boxes2[..., :2])
     hull_high = boxes1[..., 2:].maximum(boxes2[..., 2:])
-    hull = (hull_high - hull_low).prod(-1)
+    hull = _product(hull_high - hull_low)
 
     tiny = 1e-12
     return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
@@ -47,4 +47,10 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 def box_area(boxes: Tensor) -> Tensor:
     """(..., 4) xyxy -> (...)."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    return _product(boxes[..., 2:] - boxes[..., :2])
+
+
+def _product(size: Tensor) -> Tensor:
+    """(..., 2) -> (...). The backward pass of `Tensor.prod` looks for zeros on the host, which
+    would make it wait for the device."""
+    return size[..., 0] * size[..., 1]

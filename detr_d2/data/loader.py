@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
@@ -101,42 +101,68 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
                 batch.clear()
 
 
-def build_train_loader(
+def _train_loader_from_config(
     cfg: CfgNode, seed: int, mapper: Callable[[dict], Any] | None = None
+) -> dict[str, Any]:
+    return {
+        "dataset": build_training_dicts(cfg),
+        "mapper": mapper or DetrDatasetMapper(cfg, is_train=True),
+        "seed": seed,
+        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "accumulation_steps": cfg.SOLVER.ACCUMULATION_STEPS,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "sampler": cfg.DATALOADER.SAMPLER_TRAIN,
+        "repeat_threshold": cfg.DATALOADER.REPEAT_THRESHOLD,
+    }
+
+
+@configurable(from_config=_train_loader_from_config)
+def build_train_loader(
+    dataset: list[dict],
+    *,
+    mapper: Callable[[dict], Any],
+    seed: int,
+    total_batch_size: int,
+    accumulation_steps: int = 1,
+    num_workers: int = 0,
+    aspect_ratio_grouping: bool = False,
+    sampler: str = "TrainingSampler",
+    repeat_threshold: float = 0.0,
 ) -> DataLoader:
-    """The training loader of a config; one item is the batch of one forward pass.
+    """The training loader; one item is the batch of one forward pass of one process.
 
     Args:
+        dataset: dictionaries in detectron2's standard format.
+        mapper: dictionary -> model input.
         seed: the same on all processes.
-        mapper: dataset dictionary -> model input; `DetrDatasetMapper` by default.
+        total_batch_size: images per optimizer step, on all processes together.
+        accumulation_steps: forward passes per optimizer step.
+        aspect_ratio_grouping: batches of images that are all upright or all wide.
+        sampler: "TrainingSampler", or "RepeatFactorTrainingSampler" with `repeat_threshold`, which
+            repeats images of rare classes (LVIS).
 
     Raises:
-        UserError: the data set is empty, or the batch cannot be divided as the config asks.
+        UserError: the batch cannot be divided as asked, or an unknown sampler.
     """
-    dataset_dicts = get_training_dicts(cfg)
-    sampler_name = cfg.DATALOADER.SAMPLER_TRAIN
-    if sampler_name == "TrainingSampler":
-        indices = TrainingSampler(len(dataset_dicts), seed=seed)
-    elif sampler_name == "RepeatFactorTrainingSampler":
+    if sampler == "TrainingSampler":
+        indices = TrainingSampler(len(dataset), seed=seed)
+    elif sampler == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dataset_dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+            dataset, repeat_threshold
         )
         indices = RepeatFactorTrainingSampler(factors, seed=seed)
     else:
         raise UserError(
-            f"DATALOADER.SAMPLER_TRAIN is {sampler_name!r}; it must be TrainingSampler or "
+            f"DATALOADER.SAMPLER_TRAIN is {sampler!r}; it must be TrainingSampler or "
             "RepeatFactorTrainingSampler."
         )
-    by_aspect = cfg.DATALOADER.ASPECT_RATIO_GROUPING
-    groups = [int(by_aspect and d["width"] > d["height"]) for d in dataset_dicts]
+    batch_size = images_per_forward(total_batch_size, accumulation_steps)
+    groups = [int(aspect_ratio_grouping and d["width"] > d["height"]) for d in dataset]
     return DataLoader(
-        SeededDataset(
-            DatasetFromList(dataset_dicts, copy=False),
-            mapper or DetrDatasetMapper(cfg, is_train=True),
-            seed,
-        ),
-        batch_sampler=ResumableBatchSampler(indices, images_per_forward(cfg), groups),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        SeededDataset(DatasetFromList(dataset, copy=False), mapper, seed),
+        batch_sampler=ResumableBatchSampler(indices, batch_size, groups),
+        num_workers=num_workers,
         collate_fn=list,
     )
 
@@ -148,30 +174,50 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
     )
 
 
-def get_training_dicts(cfg: CfgNode) -> list[dict]:
-    """Dataset dictionaries of `DATASETS.TRAIN`, with their annotations checked.
+def _training_dicts_from_config(cfg: CfgNode) -> dict[str, Any]:
+    return {
+        "names": cfg.DATASETS.TRAIN,
+        "num_classes": resolve_num_classes(cfg),
+        "num_queries": cfg.MODEL.DETR.NUM_OBJECT_QUERIES,
+        "filter_empty": cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        "faulty_annotations": cfg.INPUT.FAULTY_ANNOTATIONS,
+        "masks": cfg.MODEL.MASK_ON,
+    }
+
+
+@configurable(from_config=_training_dicts_from_config)
+def build_training_dicts(
+    names: Sequence[str],
+    *,
+    num_classes: int,
+    num_queries: int,
+    filter_empty: bool = False,
+    faulty_annotations: str = "drop",
+    masks: bool = False,
+) -> list[dict]:
+    """Dictionaries of the training data sets, with their annotations checked.
+
+    Args:
+        names: of registered data sets.
+        num_classes, faulty_annotations, masks: see `check_annotations`.
+        num_queries: of the model, for a warning about images with more objects.
+        filter_empty: leave out images without objects.
 
     Raises:
         UserError: nothing to train on, or annotations that cannot be used.
     """
-    if not cfg.DATASETS.TRAIN:
+    if not names:
         raise UserError("DATASETS.TRAIN is empty: name at least one data set to train on.")
-    num_classes = resolve_num_classes(cfg)
     dataset_dicts = []
-    for name in cfg.DATASETS.TRAIN:
+    for name in names:
         dataset_dicts += check_annotations(
-            DatasetCatalog.get(name),
-            cfg.INPUT.FAULTY_ANNOTATIONS,
-            name,
-            num_classes=num_classes,
-            masks=cfg.MODEL.MASK_ON,
+            DatasetCatalog.get(name), faulty_annotations, name, num_classes=num_classes, masks=masks
         )
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+    if filter_empty:
         dataset_dicts = filter_images_with_only_crowd_annotations(dataset_dicts)
     if not dataset_dicts:
-        names = ", ".join(cfg.DATASETS.TRAIN)
-        raise UserError(f"DATASETS.TRAIN ({names}) has no image to train on.")
-    warn_of_few_queries(dataset_dicts, cfg.MODEL.DETR.NUM_OBJECT_QUERIES)
+        raise UserError(f"DATASETS.TRAIN ({', '.join(names)}) has no image to train on.")
+    warn_of_few_queries(dataset_dicts, num_queries)
     return dataset_dicts
 
 
@@ -189,17 +235,17 @@ def warn_of_few_queries(dataset_dicts: Sequence[dict], num_queries: int) -> None
         )
 
 
-def images_per_forward(cfg: CfgNode) -> int:
+def images_per_forward(total_batch_size: int, accumulation_steps: int) -> int:
     """Images of one process in one forward pass.
 
     Raises:
-        UserError: `SOLVER.IMS_PER_BATCH` does not divide evenly.
+        UserError: the images of a step do not divide evenly.
     """
-    world_size, steps = comm.get_world_size(), cfg.SOLVER.ACCUMULATION_STEPS
-    images, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, world_size * steps)
+    world_size = comm.get_world_size()
+    images, rest = divmod(total_batch_size, world_size * accumulation_steps)
     if rest or not images:
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH ({cfg.SOLVER.IMS_PER_BATCH}) must be a multiple of the number "
-            f"of processes ({world_size}) times SOLVER.ACCUMULATION_STEPS ({steps})."
+            f"SOLVER.IMS_PER_BATCH ({total_batch_size}) must be a multiple of the number of "
+            f"processes ({world_size}) times SOLVER.ACCUMULATION_STEPS ({accumulation_steps})."
         )
     return images

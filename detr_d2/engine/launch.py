@@ -14,7 +14,7 @@ from ..errors import UserError
 
 
 def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """detectron2's arguments, and `--register`."""
+    """detectron2's arguments, and `--register`. Without GPUs, `--num-gpus` counts CPU processes."""
     parser = default_argument_parser(description)
     parser.description, parser.epilog = description, None
     parser.add_argument(
@@ -23,12 +23,6 @@ def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=ANNOTATIONS.json:IMAGE_DIR",
         help="register a data set in COCO format under NAME; repeatable",
-    )
-    parser.add_argument(
-        "--num-cpus",
-        type=int,
-        default=0,
-        help="number of processes to train with on a machine without GPUs (over gloo)",
     )
     return parser
 
@@ -41,7 +35,7 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
     try:
         launch(
             main,
-            args.num_cpus or args.num_gpus,
+            args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
@@ -51,7 +52,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
-    """
+    """A config file with overrides; on a machine without GPU the device becomes the CPU.
+
     Raises:
         UserError: the file does not exist or is not yaml, or a key or value is not possible.
     """
@@ -66,6 +68,8 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         raise UserError(f"{source} cannot be read: {error}.") from error
     except (KeyError, AssertionError, ValueError, YAMLError) as error:
         raise UserError(f"{source}: {error.args[0] if error.args else error}") from error
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
     return cfg
 
 

@@ -73,10 +73,11 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         """Says once what a step is made of: most trainings that fail do so here."""
         solver = self.cfg.SOLVER
         drops = ", ".join(map(str, solver.STEPS))
+        per_forward = images_per_forward(solver.IMS_PER_BATCH, solver.ACCUMULATION_STEPS)
         logger.info(
             f"Images per optimizer step: {solver.IMS_PER_BATCH} = {comm.get_world_size()} "
             f"process(es) x {solver.ACCUMULATION_STEPS} batch(es) x "
-            f"{images_per_forward(self.cfg)} image(s). {solver.OPTIMIZER}, learning rate "
+            f"{per_forward} image(s). {solver.OPTIMIZER}, learning rate "
             f"{solver.BASE_LR:g}, backbone {solver.BASE_LR * solver.BACKBONE_MULTIPLIER:g}"
             + (f", times {solver.GAMMA:g} at iteration {drops}" if drops else "")
             + f"; {solver.MAX_ITER} iterations, {self.precision}."

@@ -73,7 +73,8 @@ def scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float
 ) -> Tensor:
     """The one place that calls PyTorch's attention; (B, heads, tokens, C / heads) everywhere."""
-    if query.device.type == "cpu" and torch.is_grad_enabled():
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if half and query.device.type == "cpu" and torch.is_grad_enabled():
         # On CPUs the backward pass in bfloat16 is several times slower than in float32.
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(

@@ -24,20 +24,36 @@ POSITION_EMBEDDINGS = {"sine": SinePositionEmbedding, "learned": LearnedPosition
 
 def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
     """The parts of `Detr` that a config describes, by the names of its arguments."""
-    if cfg.MODEL.MASK_ON or cfg.MODEL.DETR.FROZEN_WEIGHTS:
+    detr = cfg.MODEL.DETR
+    if cfg.MODEL.MASK_ON or detr.FROZEN_WEIGHTS:
         raise UserError(
             "MODEL.MASK_ON and MODEL.DETR.FROZEN_WEIGHTS need a mask head, which this version does "
             "not have: set them to False and ''."
         )
     backbone = build_backbone(cfg)
-    classification = SoftmaxClassification(
-        resolve_num_classes(cfg), cfg.MODEL.DETR.NO_OBJECT_WEIGHT
+    criterion = build_criterion(
+        num_classes=resolve_num_classes(cfg),
+        no_object_weight=detr.NO_OBJECT_WEIGHT,
+        l1_weight=detr.L1_WEIGHT,
+        giou_weight=detr.GIOU_WEIGHT,
+        deep_supervision=detr.DEEP_SUPERVISION,
+    )
+    transformer = build_transformer(
+        num_logits=criterion.classification.num_logits,
+        num_queries=detr.NUM_OBJECT_QUERIES,
+        hidden_dim=detr.HIDDEN_DIM,
+        num_heads=detr.NHEADS,
+        dim_feedforward=detr.DIM_FEEDFORWARD,
+        num_encoder_layers=detr.ENC_LAYERS,
+        num_decoder_layers=detr.DEC_LAYERS,
+        dropout=detr.DROPOUT,
+        pre_norm=detr.PRE_NORM,
     )
     return {
         "backbone": backbone,
         "neck": build_neck(cfg, backbone),
-        "transformer": build_transformer(cfg, classification),
-        "criterion": build_criterion(cfg, classification),
+        "transformer": transformer,
+        "criterion": criterion,
     }
 
 
@@ -63,25 +79,34 @@ def build_neck(cfg: CfgNode, backbone: nn.Module) -> nn.Module:
     return SingleScaleNeck(names, shapes[names[0]].channels, hidden_dim, position(hidden_dim))
 
 
-def build_transformer(cfg: CfgNode, classification: nn.Module) -> Transformer:
-    """Encoder, learned queries and decoder with one head shared by all layers."""
-    detr = cfg.MODEL.DETR
-    hidden_dim, pre_norm = detr.HIDDEN_DIM, detr.PRE_NORM
+def build_transformer(
+    *,
+    num_logits: int,
+    num_queries: int = 100,
+    hidden_dim: int = 256,
+    num_heads: int = 8,
+    dim_feedforward: int = 2048,
+    num_encoder_layers: int = 6,
+    num_decoder_layers: int = 6,
+    dropout: float = 0.1,
+    pre_norm: bool = False,
+) -> Transformer:
+    """Encoder, learned queries and decoder with one head shared by all layers (DETR, A.3)."""
     attention: dict[str, Any] = {
         "hidden_dim": hidden_dim,
-        "num_heads": detr.NHEADS,
-        "dropout": detr.DROPOUT,
+        "num_heads": num_heads,
+        "dropout": dropout,
     }
     layer: dict[str, Any] = {
         "hidden_dim": hidden_dim,
-        "dim_feedforward": detr.DIM_FEEDFORWARD,
-        "dropout": detr.DROPOUT,
+        "dim_feedforward": dim_feedforward,
+        "dropout": dropout,
         "pre_norm": pre_norm,
     }
     encoder = Encoder(
         [
             EncoderLayer(self_attn=SelfAttention(**attention), **layer)
-            for _ in range(detr.ENC_LAYERS)
+            for _ in range(num_encoder_layers)
         ],
         norm=nn.LayerNorm(hidden_dim) if pre_norm else None,
     )
@@ -92,27 +117,34 @@ def build_transformer(cfg: CfgNode, classification: nn.Module) -> Transformer:
                 cross_attn=PlainCrossAttention(**attention),
                 **layer,
             )
-            for _ in range(detr.DEC_LAYERS)
+            for _ in range(num_decoder_layers)
         ],
         norm=nn.LayerNorm(hidden_dim),
-        heads=[PredictionHead(hidden_dim, classification.num_logits)],
+        heads=[PredictionHead(hidden_dim, num_logits)],
     )
-    return Transformer(encoder, LearnedQueries(detr.NUM_OBJECT_QUERIES, hidden_dim), decoder)
+    return Transformer(encoder, LearnedQueries(num_queries, hidden_dim), decoder)
 
 
-def build_criterion(cfg: CfgNode, classification: nn.Module) -> SetCriterion:
-    """Criterion whose matching costs are its loss weights, as in DETR, section 3.1."""
-    detr = cfg.MODEL.DETR
+def build_criterion(
+    *,
+    num_classes: int,
+    no_object_weight: float = 0.1,
+    l1_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    deep_supervision: bool = True,
+) -> SetCriterion:
+    """Softmax criterion whose matching costs are its loss weights (DETR, section 3.1)."""
+    classification = SoftmaxClassification(num_classes, no_object_weight)
     matcher = HungarianMatcher(
-        classification, class_cost=1.0, l1_cost=detr.L1_WEIGHT, giou_cost=detr.GIOU_WEIGHT
+        classification, class_cost=1.0, l1_cost=l1_weight, giou_cost=giou_weight
     )
     return SetCriterion(
         matcher,
         classification,
         class_weight=1.0,
-        l1_weight=detr.L1_WEIGHT,
-        giou_weight=detr.GIOU_WEIGHT,
-        deep_supervision=detr.DEEP_SUPERVISION,
+        l1_weight=l1_weight,
+        giou_weight=giou_weight,
+        deep_supervision=deep_supervision,
     )
 
 

@@ -1,0 +1,95 @@
+"""Configs and published weights by name, as in `detectron2.model_zoo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from .checkpoint import load_weights
+from .config import get_detr_cfg
+from .data import classes_of
+from .errors import UserError
+
+_OFFICIAL = "https://dl.fbaipublicfiles.com/detr/"
+
+# Weights published by the authors of each model, or lying beside the config.
+CHECKPOINTS = {
+    "COCO-Detection/detr_R_50_500ep": _OFFICIAL + "detr-r50-e632da11.pth",
+    "COCO-Detection/detr_R_50_DC5_500ep": _OFFICIAL + "detr-r50-dc5-f0fb7ef5.pth",
+    "COCO-Detection/detr_R_101_500ep": _OFFICIAL + "detr-r101-2c7b67e5.pth",
+    "COCO-Detection/detr_R_101_DC5_500ep": _OFFICIAL + "detr-r101-dc5-a2e86def.pth",
+    "DigitScenes/detr_tiny": "DigitScenes/detr_tiny.safetensors",
+}
+
+
+def config_folder() -> Path:
+    """Where the configs lie: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def get_config_file(config_path: str) -> str:
+    """Path of a config.
+
+    Args:
+        config_path: relative to `configs/`, e.g. "COCO-Detection/detr_R_50_500ep.yaml".
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    path = config_folder() / config_path
+    if not path.is_file():
+        known = ", ".join(sorted(f"{name}.yaml" for name in CHECKPOINTS))
+        raise UserError(f"The model zoo has no config {config_path!r}; it has {known}.")
+    return str(path)
+
+
+def get_checkpoint_url(config_path: str) -> str:
+    """URL, or path of a file, of the weights trained with a config; for `MODEL.WEIGHTS`.
+
+    Raises:
+        UserError: no weights are published for it.
+    """
+    name = config_path.removesuffix(".yaml")
+    if name not in CHECKPOINTS:
+        raise UserError(f"The model zoo has no trained weights for {config_path!r}.")
+    checkpoint = CHECKPOINTS[name]
+    return checkpoint if "://" in checkpoint else str(config_folder() / checkpoint)
+
+
+def get_config(config_path: str, trained: bool = False) -> CfgNode:
+    """Config of a model.
+
+    Args:
+        config_path: see `get_config_file`.
+        trained: set `MODEL.WEIGHTS` to the trained weights instead of those training starts from.
+    """
+    cfg = get_detr_cfg()
+    cfg.merge_from_file(get_config_file(config_path))
+    if trained:
+        cfg.MODEL.WEIGHTS = get_checkpoint_url(config_path)
+    return cfg
+
+
+def get(config_path: str, trained: bool = False, device: str | None = None) -> nn.Module:
+    """A model with its weights loaded, in training mode as in detectron2.
+
+    Args:
+        config_path, trained: see `get_config`.
+        device: where to put it; by default the config's, or the CPU on a machine without GPU.
+    """
+    cfg = get_config(config_path, trained)
+    if device is None and not torch.cuda.is_available():
+        device = "cpu"
+    if device is not None:
+        cfg.MODEL.DEVICE = device
+    model = build_model(cfg)
+    if cfg.MODEL.WEIGHTS:
+        classes = classes_of([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1])
+        load_weights(model, cfg.MODEL.WEIGHTS, classes)
+    return model
