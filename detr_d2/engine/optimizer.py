@@ -11,6 +11,16 @@ from torch import nn
 from ..errors import UserError
 
 
+class BackboneMultiplier:
+    """Parameter name -> factor of its learning rate: 1 outside of the backbone."""
+
+    def __init__(self, multiplier: float):
+        self.multiplier = multiplier
+
+    def __call__(self, name: str) -> float:
+        return self.multiplier if "backbone" in name.split(".") else 1.0
+
+
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD; the backbone has its own learning rate (DETR, appendix A.4).
 
@@ -23,9 +33,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model,
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
-        lr_factor_func=lambda name: (
-            solver.BACKBONE_MULTIPLIER if "backbone" in name.split(".") else 1.0
-        ),
+        lr_factor_func=BackboneMultiplier(solver.BACKBONE_MULTIPLIER),
     )
     if not parameters:
         raise UserError("The model has no parameter to train: everything is frozen.")

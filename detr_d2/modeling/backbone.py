@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -11,7 +13,7 @@ from detectron2.modeling.backbone.resnet import (
     ResNet,
     build_resnet_backbone,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 
@@ -42,10 +44,30 @@ def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     from stage to stage, starting at `MODEL.RESNETS.RES2_OUT_CHANNELS`.
     """
     resnets = cfg.MODEL.RESNETS
+    stages = make_basic_stages(
+        resnets.STEM_OUT_CHANNELS,
+        resnets.RES2_OUT_CHANNELS,
+        cfg.MODEL.BASIC_RESNET.BLOCKS_PER_STAGE,
+        resnets.NORM,
+    )
     stem = BasicStem(input_shape.channels, resnets.STEM_OUT_CHANNELS, norm=resnets.NORM)
-    in_channels, out_channels = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
+    resnet = ResNet(stem, stages, out_features=resnets.OUT_FEATURES)
+    return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+
+
+def make_basic_stages(
+    in_channels: int, out_channels: int, blocks: Sequence[int], norm: str
+) -> list[list[nn.Module]]:
+    """Stages of basic blocks for detectron2's `ResNet`, each twice as wide and half as fine as the
+    one before.
+
+    Args:
+        in_channels: of the stem.
+        out_channels: of the first stage, which keeps the stem's resolution.
+        blocks: number of blocks in each stage.
+    """
     stages = []
-    for index, num_blocks in enumerate(cfg.MODEL.BASIC_RESNET.BLOCKS_PER_STAGE):
+    for index, num_blocks in enumerate(blocks):
         first_stride = 1 if index == 0 else 2
         stages.append(
             ResNet.make_stage(
@@ -54,12 +76,11 @@ def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
                 stride_per_block=[first_stride] + [1] * (num_blocks - 1),
                 in_channels=in_channels,
                 out_channels=out_channels,
-                norm=resnets.NORM,
+                norm=norm,
             )
         )
         in_channels, out_channels = out_channels, 2 * out_channels
-    resnet = ResNet(stem, stages, out_features=resnets.OUT_FEATURES)
-    return resnet.freeze(cfg.MODEL.BACKBONE.FREEZE_AT)
+    return stages
 
 
 class TimmBackbone(Backbone):

@@ -1,0 +1,123 @@
+"""The main job behind `tools/lazyconfig_train_net.py`: LazyConfigs instead of yaml."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import weakref
+from functools import partial
+from typing import Any
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import default_setup, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ..checkpoint import DetrCheckpointer
+from ..data import classes_of, parse_register_argument, register_coco_dataset
+from ..errors import UserError
+from .precision import Precision
+from .step import StepTrainer
+
+
+def train_or_evaluate(args: argparse.Namespace) -> dict | None:
+    """Runs what the command line asks for, in this process.
+
+    Returns:
+        The metrics of the last evaluation.
+
+    Raises:
+        UserError: a wrong file, key or number.
+    """
+    cfg = setup(args)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if args.eval_only:
+        checkpointer = build_checkpointer(cfg, model)
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        return evaluate(cfg, model)
+    return train(cfg, model, args.resume)
+
+
+def setup(args: argparse.Namespace) -> Any:
+    """The config of a command line; starts logging and registers `--register`ed data."""
+    if not os.path.isfile(args.config_file):
+        raise UserError(f"--config-file {args.config_file!r} does not exist.")
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    if cfg.train.device == "cuda" and not torch.cuda.is_available():
+        cfg.train.device = "cpu"
+    default_setup(cfg, args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detr_d2")
+    for argument in args.register:
+        register_coco_dataset(*parse_register_argument(argument))
+    return cfg
+
+
+def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
+    """Trains `model`, from `train.init_checkpoint` or where the last training stopped."""
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    trainer = StepTrainer(
+        model,
+        partial(build_loader, cfg),
+        optimizer,
+        precision=Precision(cfg.train.device, cfg.train.amp.enabled, cfg.train.amp.dtype),
+        accumulation_steps=cfg.dataloader.train.accumulation_steps,
+        max_gradient_norm=cfg.train.max_gradient_norm,
+        seed=cfg.train.seed,
+    )
+    checkpointer = build_checkpointer(
+        cfg, model, trainer=weakref.proxy(trainer), optimizer=optimizer
+    )
+    results: dict = {}
+
+    def test() -> dict:
+        results.update(evaluate(cfg, trainer.model) or {})
+        return results
+
+    main_process = comm.is_main_process()
+    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter) if main_process else []
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, cfg.train.checkpointer.period)
+            if main_process
+            else None,
+            hooks.EvalHook(cfg.train.eval_period, test),
+            hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main_process else None,
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    trainer.train(start_iter, cfg.train.max_iter)
+    return results or None
+
+
+def evaluate(cfg: Any, model: nn.Module) -> dict:
+    """Metrics of `model` on `dataloader.test`."""
+    cfg.dataloader.evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
+    loader = instantiate(cfg.dataloader.test)
+    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def build_loader(cfg: Any, seed: int) -> Any:
+    cfg.dataloader.train.seed = seed
+    return instantiate(cfg.dataloader.train)
+
+
+def build_checkpointer(cfg: Any, model: nn.Module, **checkpointables: Any) -> DetrCheckpointer:
+    """Checkpointer that saves class names and config along with the weights."""
+    classes = classes_of(list(cfg.dataloader.train.dataset.names)[:1])
+    return DetrCheckpointer(
+        model,
+        cfg.train.output_dir,
+        class_names=classes,
+        config=LazyConfig.to_py(cfg),
+        **checkpointables,
+    )

@@ -1,0 +1,137 @@
+"""Attention against torch.nn.MultiheadAttention."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck
+
+from detr_d2.modeling.attention import MultiHeadAttention, PlainCrossAttention, SelfAttention
+from detr_d2.structures import Memory
+
+C, HEADS = 16, 4
+
+
+def torch_attention(attention: MultiHeadAttention) -> nn.MultiheadAttention:
+    """PyTorch's module with the same weights."""
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    dim = attention.q_proj.in_features
+    theirs = nn.MultiheadAttention(dim, attention.num_heads, batch_first=True)
+    theirs.load_state_dict(
+        {
+            "in_proj_weight": torch.cat([p.weight for p in projections]),
+            "in_proj_bias": torch.cat([p.bias for p in projections]),
+            "out_proj.weight": attention.out_proj.weight,
+            "out_proj.bias": attention.out_proj.bias,
+        }
+    )
+    return theirs
+
+
+def random_biases(module: nn.Module) -> nn.Module:
+    """Biases start at zero, which would hide a bias that is not used."""
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+@pytest.fixture
+def attention():
+    torch.manual_seed(0)
+    return random_biases(MultiHeadAttention(C, HEADS))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_agrees_with_pytorch(attention, masked):
+    query, key, value = torch.randn(2, 5, C), torch.randn(2, 7, C), torch.randn(2, 7, C)
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    if masked:
+        padding[0, 4:] = padding[1, 6:] = True
+    ours = attention.attend(query, key, value, ~padding[:, None, None, :])
+    theirs, _ = torch_attention(attention)(query, key, value, key_padding_mask=padding)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_self_attention_adds_positions_to_queries_and_keys_only():
+    torch.manual_seed(0)
+    attention = random_biases(SelfAttention(C, HEADS))
+    content, position = torch.randn(2, 5, C), torch.randn(2, 5, C)
+    located = content + position
+    expected, _ = torch_attention(attention)(located, located, content)
+    torch.testing.assert_close(attention(content, position), expected, rtol=1e-5, atol=1e-6)
+    expected, _ = torch_attention(attention)(content, content, content)
+    torch.testing.assert_close(attention(content, None), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_cross_attention_adds_positions_to_queries_and_keys_only():
+    torch.manual_seed(0)
+    attention = random_biases(PlainCrossAttention(C, HEADS))
+    content, position = torch.randn(2, 3, C), torch.randn(2, 3, C)
+    padding = torch.tensor([[False] * 4 + [True] * 2, [False] * 6])
+    memory = Memory(
+        tokens=torch.randn(2, 6, C),
+        positions=torch.randn(2, 6, C),
+        padding=padding,
+        level_shapes=torch.tensor([[2, 3]]),
+        valid_ratios=torch.ones(2, 1, 2),
+    )
+    expected, _ = torch_attention(attention)(
+        content + position,
+        memory.tokens + memory.positions,
+        memory.tokens,
+        key_padding_mask=padding,
+    )
+    actual = attention(content, position, memory)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_in_double_precision():
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(4, 2).double()
+    query = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    key = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
+    allowed = torch.tensor([True, True, False, True])[None, None, None]
+    assert gradcheck(lambda q, k, v: attention.attend(q, k, v, allowed), (query, key, value))
+
+
+def test_bfloat16_on_the_cpu_with_and_without_gradients(attention):
+    """With gradients on CPUs the attention itself is computed in single precision."""
+    x = torch.randn(2, 5, C)
+    exact = attention.attend(x, x, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with_gradient = attention.attend(x, x, x)
+        with torch.no_grad():
+            without = attention.attend(x, x, x)
+    assert with_gradient.dtype == without.dtype == torch.bfloat16
+    torch.testing.assert_close(with_gradient.float(), exact, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(without.float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_dropout_in_training_only(attention):
+    attention.dropout = 0.9
+    x = torch.randn(2, 5, C)
+    expected, _ = torch_attention(attention)(x, x, x)
+    torch.testing.assert_close(attention.eval().attend(x, x, x), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(attention.train().attend(x, x, x), expected, atol=1e-2)
+
+
+def test_initial_values_are_those_of_one_fused_projection():
+    """Xavier's bound for (3C, C) is sqrt(6 / 4C), for (C, C) it is sqrt(6 / 2C)."""
+    torch.manual_seed(0)
+    dim = 64
+    attention = MultiHeadAttention(dim, 8)
+    for projection, fans in (
+        (attention.q_proj, 4 * dim),
+        (attention.k_proj, 4 * dim),
+        (attention.v_proj, 4 * dim),
+        (attention.out_proj, 2 * dim),
+    ):
+        bound = (6 / fans) ** 0.5
+        assert 0.98 * bound < projection.weight.abs().max() <= bound
+        assert not projection.bias.any()
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match=r"HIDDEN_DIM \(10\) must be divisible by .*NHEADS \(4\)"):
+        MultiHeadAttention(10, 4)
