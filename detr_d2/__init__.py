@@ -4,14 +4,16 @@ Importing this package registers the meta-architecture, the backbones and the em
 detectron2's registries.
 """
 
+import sys
 from importlib.util import find_spec
 
 if find_spec("detectron2") is None:
     raise ImportError(
-        "detr_d2 needs detectron2, which is not on the package index under its own name. Install "
-        "it with: pip install --no-build-isolation "
-        "'git+https://github.com/facebookresearch/detectron2.git' "
-        "(needs torch and a C++ compiler), or without a compiler: python tools/setup_env.py"
+        f"detr_d2 needs detectron2, which is not installed in {sys.prefix}. In a checkout of this "
+        f'project run\n    python tools/setup_env.py --venv "{sys.prefix}"\n'
+        "(no compiler needed), or, with torch and a C++ compiler installed,\n"
+        f'    "{sys.executable}" -m pip install --no-build-isolation '
+        "'git+https://github.com/facebookresearch/detectron2.git'"
     )
 
 from . import model_zoo, modeling

@@ -7,6 +7,7 @@ Hugging Face's: ``config.json`` and one or several weight files.
 
 from __future__ import annotations
 
+import _codecs
 import argparse
 import io
 import json
@@ -110,6 +111,7 @@ torch.serialization.add_safe_globals(
         np.dtype,
         *{type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")},
         _numpy_function("scalar"),
+        _codecs.encode,  # how numpy writes the bytes of such a number
     ]
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -42,9 +43,28 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
             args=(args,),
         )
     except UserError as error:
-        # A data loader's worker wraps the message in its own traceback.
-        sys.exit(f"error: {str(error).rpartition('Error: ')[2].strip()}")
+        sys.exit(f"error: {message_for_users(str(error)) or one_line(str(error))}")
     except ProcessRaisedException as error:
-        # One of several processes: the text is its traceback, whose last line is the message.
-        print(error, file=sys.stderr)
-        sys.exit(f"error: {str(error).strip().rpartition(chr(10))[2]}")
+        # One of several processes, which could only hand over its traceback as text.
+        text = str(error).strip()
+        message = message_for_users(text)
+        if not message:
+            print(text, file=sys.stderr)
+        sys.exit(f"error: {message or text.splitlines()[-1]}")
+
+
+def message_for_users(traceback: str) -> str:
+    """The message of the `UserError` that ends a traceback, on one line; "" where none does.
+
+    Data loaders' workers and training processes hand over a traceback in place of an exception.
+    Only classes of this package's own are looked for, and all of those are `UserError`s.
+    """
+    if "Traceback (most recent call last):" not in traceback:
+        return ""
+    # Up to the next line that could begin another exception of a chain.
+    last = re.split(r"^([\w.]+)(?:: |$)", traceback, flags=re.MULTILINE)[-2:]
+    return one_line(last[1]) if last[0].startswith(f"{__package__.split('.')[0]}.") else ""
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -42,13 +43,18 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_d2")
-    for argument in args.register:
+    register_datasets(cfg, args.register)
+    check_num_classes(cfg)
+    return cfg
+
+
+def register_datasets(cfg: CfgNode, arguments: Sequence[str]) -> None:
+    """Registers every `--register NAME=annotations.json:image_dir`."""
+    for argument in arguments:
         register_coco_dataset(
             *parse_register_argument(argument),
             allow_missing_images=cfg.INPUT.SKIP_UNREADABLE_IMAGES,
         )
-    check_num_classes(cfg)
-    return cfg
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:

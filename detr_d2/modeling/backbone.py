@@ -109,8 +109,11 @@ class TimmBackbone(Backbone):
         arguments = {"out_indices": tuple(out_indices)} if out_indices else {}
         try:
             body = timm.create_model(name, pretrained=pretrained, features_only=True, **arguments)
-        except RuntimeError as error:
-            raise UserError(f"MODEL.TIMM.NAME is {name!r}: timm says: {error}") from error
+        except (RuntimeError, IndexError) as error:
+            raise UserError(
+                f"MODEL.TIMM.NAME is {name!r} and MODEL.TIMM.OUT_INDICES {list(out_indices)}: "
+                f"timm says: {error}"
+            ) from error
         if freeze_norm:
             body = timm.layers.freeze_batch_norm_2d(body)
         self.body = body

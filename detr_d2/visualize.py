@@ -1,0 +1,73 @@
+"""Pictures of what a model finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image
+
+# Height of one drawn image, in pixels, so that small images stay legible.
+HEIGHT = 360
+
+
+def draw_comparison(
+    predictor: Callable[[np.ndarray], dict[str, Any]],
+    dataset_dicts: Sequence[dict],
+    dataset_name: str,
+    path: str | Path,
+    score_threshold: float = 0.5,
+    columns: int = 3,
+) -> None:
+    """Writes a picture with predictions on the left and ground truth on the right of each image.
+
+    Args:
+        predictor: BGR image (H, W, 3) -> {"instances": Instances}, e.g. `DetrPredictor`.
+        dataset_dicts: the images to draw, in detectron2's standard format.
+        dataset_name: for the class names.
+        score_threshold: detections below are not drawn.
+        columns: images side by side.
+    """
+    pairs = [draw_pair(predictor, d, dataset_name, score_threshold) for d in dataset_dicts]
+    width = max(pair.shape[1] for pair in pairs)
+    pairs = [_pad_width(pair, width) for pair in pairs]
+    blank = np.full_like(pairs[0], 255)
+    pairs += [blank] * (-len(pairs) % columns)
+    rows = [np.hstack(pairs[i : i + columns]) for i in range(0, len(pairs), columns)]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.vstack(rows)).save(path)
+
+
+def draw_pair(
+    predictor: Callable[[np.ndarray], dict[str, Any]],
+    dataset_dict: dict,
+    dataset_name: str,
+    score_threshold: float,
+) -> np.ndarray:
+    """(HEIGHT, width, 3) RGB: predictions, then ground truth of one image."""
+    image = detection_utils.read_image(dataset_dict["file_name"], format="RGB")
+    metadata = MetadataCatalog.get(dataset_name)
+    scale = HEIGHT / image.shape[0]
+    instances = predictor(image[:, :, ::-1])["instances"].to("cpu")
+    instances = instances[instances.scores >= score_threshold]
+    predicted = Visualizer(image, metadata, scale).draw_instance_predictions(instances)
+    boxes_only = [
+        {k: v for k, v in annotation.items() if k != "segmentation"}
+        for annotation in dataset_dict.get("annotations", [])
+    ]
+    truth = Visualizer(image, metadata, scale).draw_dataset_dict({"annotations": boxes_only})
+    drawn = [_fit_height(output.get_image()) for output in (predicted, truth)]
+    return np.hstack([*drawn, np.full((HEIGHT, 24, 3), 255, np.uint8)])
+
+
+def _fit_height(image: np.ndarray) -> np.ndarray:
+    width = max(1, round(image.shape[1] * HEIGHT / image.shape[0]))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((width, HEIGHT)))
+
+
+def _pad_width(image: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255)

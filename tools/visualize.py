@@ -1,0 +1,30 @@
+#!/usr/bin/env python
+"""Draws predictions beside ground truth for the first images of a data set.
+
+    python tools/visualize.py --config-file configs/DigitScenes/detr_tiny.yaml \
+        --output output/predictions.png MODEL.WEIGHTS configs/DigitScenes/detr_tiny.safetensors
+"""
+
+from detectron2.data import DatasetCatalog
+
+from detr_d2.engine import DetrPredictor
+from detr_d2.engine.launch import argument_parser, run
+from detr_d2.engine.main import load_config, register_datasets
+from detr_d2.visualize import draw_comparison
+
+
+def main(args):
+    cfg = load_config(args.config_file, args.opts)
+    register_datasets(cfg, args.register)
+    name = cfg.DATASETS.TEST[0]
+    dataset_dicts = DatasetCatalog.get(name)[: args.num_images]
+    draw_comparison(DetrPredictor(cfg), dataset_dicts, name, args.output, args.threshold)
+    print(f"Predictions (left) beside ground truth (right): {args.output}")
+
+
+if __name__ == "__main__":
+    parser = argument_parser(__doc__)
+    parser.add_argument("--output", default="output/predictions.png", help="the picture")
+    parser.add_argument("--num-images", type=int, default=9)
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score that is drawn")
+    run(main, parser.parse_args())
