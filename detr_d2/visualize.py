@@ -33,11 +33,9 @@ def draw_comparison(
         columns: images side by side.
     """
     pairs = [draw_pair(predictor, d, dataset_name, score_threshold) for d in dataset_dicts]
-    width = max(pair.shape[1] for pair in pairs)
-    pairs = [_pad_width(pair, width) for pair in pairs]
-    blank = np.full_like(pairs[0], 255)
-    pairs += [blank] * (-len(pairs) % columns)
     rows = [np.hstack(pairs[i : i + columns]) for i in range(0, len(pairs), columns)]
+    width = max(row.shape[1] for row in rows)
+    rows = [_pad(row, width) for row in rows]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.vstack(rows)).save(path)
 
@@ -69,5 +67,7 @@ def _fit_height(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((width, HEIGHT)))
 
 
-def _pad_width(image: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=255)
+def _pad(image: np.ndarray, width: int) -> np.ndarray:
+    """White on the right up to `width`, and a white line below."""
+    missing = ((0, 16), (0, width - image.shape[1]), (0, 0))
+    return np.pad(image, missing, constant_values=255)

@@ -242,8 +242,10 @@ def images_per_forward(total_batch_size: int, accumulation_steps: int) -> int:
         UserError: the images of a step do not divide evenly.
     """
     world_size = comm.get_world_size()
+    if accumulation_steps < 1:
+        raise UserError(f"SOLVER.ACCUMULATION_STEPS is {accumulation_steps}; it must be 1 or more.")
     images, rest = divmod(total_batch_size, world_size * accumulation_steps)
-    if rest or not images:
+    if rest or images < 1:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH ({total_batch_size}) must be a multiple of the number of "
             f"processes ({world_size}) times SOLVER.ACCUMULATION_STEPS ({accumulation_steps})."

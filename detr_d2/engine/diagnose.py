@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -31,12 +32,14 @@ def explain_non_finite(
     """
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
     module = find_non_finite_module(trainer.model, batches, trainer.precision)
+    process = f" in process {comm.get_rank()}" if comm.get_world_size() > 1 else ""
     images = ", ".join(str(x.get("file_name", "?")) for batch in batches for x in batch)
     raise DivergedError(
         f"Training stopped at iteration {trainer.iter}, learning rate {learning_rate:g}: {reason}. "
         f"First module with non-finite output: {module or 'none, the criterion itself'}. Images of "
-        f"this step: {images}. Checkpoints already saved are untouched; continue from one with "
-        "--resume and a lower SOLVER.BASE_LR, or look at these images and their annotations."
+        f"this step{process}: {images}. Checkpoints already saved are untouched: start anew from "
+        "one (MODEL.WEIGHTS) with a lower SOLVER.BASE_LR, or look at these images and their "
+        "annotations."
     )
 
 

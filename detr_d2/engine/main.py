@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from yaml import YAMLError
@@ -41,8 +43,12 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """Starts logging, registers `--register`ed data; the command line's config, checked, frozen."""
     cfg = load_config(args.config_file, args.opts)
     cfg.freeze()
-    default_setup(cfg, args)
+    try:
+        default_setup(cfg, args)
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be used: {error}.") from error
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_d2")
+    logging.getLogger("detectron2.engine.train_loop").addFilter(is_not_about_user_error)
     register_datasets(cfg, args.register)
     check_num_classes(cfg)
     return cfg
@@ -64,10 +70,12 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         UserError: the file does not exist or is not yaml, or a key or value is not possible.
     """
     cfg = get_detr_cfg()
+    if late := [override for override in overrides if override.startswith("--")]:
+        raise UserError(f"{late[0]} must stand before the first KEY VALUE pair ({overrides[0]}).")
     source = f"--config-file {config_file}"
     try:
         if config_file:
-            cfg.merge_from_file(config_file)
+            cfg.merge_from_file(config_file, allow_unsafe=False)
         source = "The command line"
         cfg.merge_from_list(overrides)
     except OSError as error:
@@ -76,11 +84,44 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         raise UserError(f"{source}: {error.args[0] if error.args else error}") from error
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    check_names(cfg)
     return cfg
 
 
+def check_names(cfg: CfgNode) -> None:
+    """
+    Raises:
+        UserError: a device, model or backbone that does not exist, instead of a KeyError later.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "Detr":
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, this script trains "
+            "'Detr': give --config-file one of the files in configs/, or one based on them."
+        )
+    if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
+        names = ", ".join(sorted(name for name, _ in BACKBONE_REGISTRY))
+        raise UserError(
+            f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r}; it must be one of {names}."
+        )
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: {error}") from error
+
+
+def is_not_about_user_error(record: logging.LogRecord) -> bool:
+    """Log filter: detectron2's training loop logs the traceback of everything raised in it."""
+    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+
+
 def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
-    """Evaluates `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`."""
+    """Evaluates `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`.
+
+    Raises:
+        UserError: nothing to evaluate on, or weights that cannot be used.
+    """
+    if not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name at least one data set to evaluate on.")
     model = DetrTrainer.build_model(cfg)
     build_checkpointer(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DetrTrainer.test(cfg, model)

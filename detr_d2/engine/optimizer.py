@@ -53,6 +53,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def full_model_clip_norm(cfg: CfgNode) -> float | None:
     """Largest norm of all gradients taken as one vector, or None where the config asks for none."""
     clipping = cfg.SOLVER.CLIP_GRADIENTS
-    if not clipping.ENABLED or clipping.CLIP_TYPE != "full_model":
+    if not clipping.ENABLED:
         return None
-    return clipping.CLIP_VALUE
+    if clipping.CLIP_TYPE not in ("full_model", "value", "norm"):
+        raise UserError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clipping.CLIP_TYPE!r}; it must be full_model, "
+            "value or norm."
+        )
+    return clipping.CLIP_VALUE if clipping.CLIP_TYPE == "full_model" else None

@@ -93,7 +93,7 @@ class StepTrainer(TrainerBase):
         try:
             losses = accumulate_gradients(self.model, batches, self.precision)
         except FloatingPointError as error:
-            explain_non_finite(self, batches, str(error))
+            explain_non_finite(self, batches, str(error).rstrip("."))
         if not torch.isfinite(sum(losses.values())):
             shown = ", ".join(f"{name} {float(loss):g}" for name, loss in losses.items())
             explain_non_finite(self, batches, f"the loss is not finite ({shown})")
