@@ -66,7 +66,8 @@ def test_training_reaches_an_ap(tmp_path):
     """.split()
     train_or_evaluate(argument_parser().parse_args(command))
 
-    metrics = [json.loads(line) for line in open(tmp_path / "out" / "metrics.json")]
+    lines = (tmp_path / "out" / "metrics.json").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
     losses = [m["total_loss"] for m in metrics if "total_loss" in m]
     assert losses[-1] < 0.3 * losses[0]
     # Reached 70 and 99 when it was written; images of the validation set were never trained on.

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from detr_d2.modeling import build_parts, build_transformer
-from detr_d2.modeling.transformer import Decoder
+from detr_d2.modeling.transformer import Decoder, Transformer
 from detr_d2.structures import Memory, Queries
 
 from .helpers import tiny_cfg
@@ -202,14 +202,23 @@ def test_learned_queries_start_without_content():
     assert torch.equal(queries.position[1], transformer.queries.position.weight)
 
 
+class Initialiser(nn.Module):
+    def __init__(self, queries, proposals):
+        super().__init__()
+        self.answer = queries, proposals
+
+    def forward(self, memory):
+        return self.answer
+
+
 def test_proposals_come_first():
     """A query initialiser that predicts something gets it supervised as one more layer."""
     transformer = make_transformer()
     memory = make_memory([6])
     outputs = transformer(memory)
     queries, _ = transformer.queries(memory)
-    transformer.queries = lambda memory: (queries, outputs[1])
-    with_proposals = transformer(memory)
+    initialiser = Initialiser(queries, outputs[1])
+    with_proposals = Transformer(transformer.encoder, initialiser, transformer.decoder)(memory)
     assert with_proposals[0] is outputs[1]
     assert_equal_outputs(with_proposals[1:], outputs, tolerance=0)
 
