@@ -1,0 +1,104 @@
+"""LazyConfigs give the same model and the same training as yaml."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import build_model
+
+from detr_d2 import model_zoo
+from detr_d2.engine import lazy, main
+from detr_d2.engine.launch import argument_parser
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PAIRS = ["DigitScenes/detr_tiny", "COCO-Detection/detr_R_50_500ep"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_same_model_and_recipe(name):
+    yaml = model_zoo.get_config(f"{name}.yaml")
+    python = LazyConfig.load(str(CONFIGS / f"{name}.py"))
+    yaml.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        from_yaml, from_python = build_model(yaml), instantiate(python.model)
+    shapes = {name: tensor.shape for name, tensor in from_yaml.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in from_python.state_dict().items()}
+    assert str(from_yaml) == str(from_python)
+
+    assert python.optimizer.lr == yaml.SOLVER.BASE_LR
+    assert python.optimizer.params.weight_decay == yaml.SOLVER.WEIGHT_DECAY
+    assert python.optimizer.params.lr_factor_func.multiplier == yaml.SOLVER.BACKBONE_MULTIPLIER
+    assert python.train.max_gradient_norm == yaml.SOLVER.CLIP_GRADIENTS.CLIP_VALUE
+    assert python.dataloader.train.total_batch_size == yaml.SOLVER.IMS_PER_BATCH
+    assert python.train.init_checkpoint == yaml.MODEL.WEIGHTS
+    if yaml.SOLVER.EPOCHS:
+        iterations = round(yaml.SOLVER.EPOCHS * 118287 / 64)
+        assert python.train.max_iter == pytest.approx(iterations, abs=2)
+        assert python.lr_multiplier.scheduler.milestones[0] == round(400 * 118287 / 64)
+    else:
+        assert python.train.max_iter == yaml.SOLVER.MAX_ITER
+        assert list(python.lr_multiplier.scheduler.milestones)[:-1] == list(yaml.SOLVER.STEPS)
+
+
+@pytest.fixture
+def few_digits(tmp_path, monkeypatch):
+    """The embedded data set, small and in a folder of the test's own."""
+    from detectron2.data import DatasetCatalog
+
+    from detr_d2.data import digit_scenes, register_digit_scenes
+
+    monkeypatch.setattr(digit_scenes, "NUM_TRAIN", 12)
+    monkeypatch.setattr(digit_scenes, "NUM_VAL", 4)
+    register_digit_scenes(str(tmp_path))
+    assert len(DatasetCatalog.get("digit_scenes_train")) == 12
+    yield
+    register_digit_scenes()
+
+
+def last_metrics(folder: Path) -> dict:
+    lines = (folder / "metrics.json").read_text().splitlines()
+    return {k: v for line in lines for k, v in json.loads(line).items()}
+
+
+def test_same_training_and_evaluation(few_digits, tmp_path):
+    torch.manual_seed(0)
+    cfg = model_zoo.get_config("DigitScenes/detr_tiny.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    weights = tmp_path / "initial.pth"
+    torch.save({"model": build_model(cfg).state_dict()}, weights)
+
+    by_yaml = ["--config-file", str(CONFIGS / "DigitScenes/detr_tiny.yaml")]
+    by_yaml += f"""
+        OUTPUT_DIR {tmp_path / "yaml"} MODEL.WEIGHTS {weights} SOLVER.MAX_ITER 4 SOLVER.STEPS ()
+        SOLVER.WARMUP_ITERS 0 SOLVER.IMS_PER_BATCH 4 TEST.EVAL_PERIOD 0 DATALOADER.NUM_WORKERS 0
+    """.split()
+    main.train_or_evaluate(argument_parser().parse_args(by_yaml))
+
+    by_python = ["--config-file", str(CONFIGS / "DigitScenes/detr_tiny.py")]
+    by_python += f"""
+        train.output_dir={tmp_path / "python"} train.init_checkpoint={weights} train.max_iter=4
+        lr_multiplier.scheduler.milestones=[3,4] lr_multiplier.scheduler.values=[1.0,1.0]
+        lr_multiplier.warmup_length=0.0 dataloader.train.total_batch_size=4
+        dataloader.train.num_workers=0 dataloader.test.num_workers=0 train.eval_period=0
+    """.split()
+    lazy.train_or_evaluate(argument_parser().parse_args(by_python))
+
+    yaml, python = last_metrics(tmp_path / "yaml"), last_metrics(tmp_path / "python")
+    losses = {name for name in yaml if "loss" in name}
+    assert len(losses) == 10
+    for name in losses:
+        assert yaml[name] == python[name], name
+    assert yaml["bbox/AP50"] == pytest.approx(python["bbox/AP50"])
+    trained = [torch.load(tmp_path / p / "model_final.pth") for p in ("yaml", "python")]
+    for name, tensor in trained[0]["model"].items():
+        assert torch.equal(tensor, trained[1]["model"][name]), name
+
+    # And the command goes on from there.
+    resumed = argument_parser().parse_args(["--resume", *by_python])
+    resumed.opts = [
+        o if not o.startswith("train.max_iter") else "train.max_iter=6" for o in resumed.opts
+    ]
+    lazy.train_or_evaluate(resumed)
+    assert last_metrics(tmp_path / "python")["iteration"] == 6
