@@ -1,13 +1,16 @@
-"""Pictures of what a model finds."""
+"""Pictures of what a model finds and how it learnt."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
@@ -60,6 +63,29 @@ def draw_pair(
     truth = Visualizer(image, metadata, scale).draw_dataset_dict({"annotations": boxes_only})
     drawn = [_fit_height(output.get_image()) for output in (predicted, truth)]
     return np.hstack([*drawn, np.full((HEIGHT, 24, 3), 255, np.uint8)])
+
+
+def draw_curves(metrics_file: str | Path, path: str | Path) -> None:
+    """Writes a picture of loss and AP against iterations.
+
+    Args:
+        metrics_file: the `metrics.json` that training leaves in `OUTPUT_DIR`.
+    """
+    with PathManager.open(str(metrics_file)) as lines:
+        metrics = [json.loads(line) for line in lines]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    curves = {"loss": ["total_loss"], "AP on the validation set": ["bbox/AP", "bbox/AP50"]}
+    for axis, (title, names) in zip(axes, curves.items(), strict=True):
+        for name in names:
+            points = [(m["iteration"], m[name]) for m in metrics if name in m]
+            if points:
+                axis.plot(*zip(*points, strict=True), ".-", markersize=4, label=name)
+        axis.set(xlabel="iteration", title=title, ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def _fit_height(image: np.ndarray) -> np.ndarray:

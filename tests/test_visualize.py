@@ -1,4 +1,6 @@
-"""Pictures of predictions beside ground truth."""
+"""Pictures of predictions beside ground truth, and of a training."""
+
+import json
 
 import numpy as np
 import torch
@@ -6,7 +8,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from detr_d2.visualize import HEIGHT, draw_comparison
+from detr_d2.visualize import HEIGHT, draw_comparison, draw_curves
 
 
 def test_boxes_are_drawn_where_they_are(tmp_path):
@@ -39,8 +41,24 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
 
     def column_is_bright(picture, x):
         here = round(x * scale)
-        return picture[round(20 * scale), here - 6 : here + 7].max() > 100
+        return picture[round(20 * scale), here - 6 : here + 7].max() > 30  # colours are random
 
     # Left edges at 10 (predicted, confident), 50 (predicted, below the threshold), 60 (true).
     assert column_is_bright(prediction, 10) and not column_is_bright(prediction, 50)
     assert column_is_bright(truth, 60) and not column_is_bright(truth, 10)
+
+
+def test_curves_are_drawn_from_metrics(tmp_path, monkeypatch):
+    rows = [{"iteration": 19, "total_loss": 9.0}, {"iteration": 39, "total_loss": 7.0}]
+    rows += [{"iteration": 39, "bbox/AP": 12.0, "bbox/AP50": 30.0}]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    drawn = []
+    from matplotlib.axes import Axes
+
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda axis, x, y, *a, **k: (drawn.append((x, y)), plot(axis, x, y, *a, **k))
+    )
+    draw_curves(tmp_path / "metrics.json", tmp_path / "curve.png")
+    assert drawn == [((19, 39), (9.0, 7.0)), ((39,), (12.0,)), ((39,), (30.0,))]
+    assert np.asarray(Image.open(tmp_path / "curve.png")).std() > 0
