@@ -30,6 +30,9 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Number of classes, without "no object". 0: as many as the first training data set has.
     # The published COCO weights have 91 (category ids up to 90, with holes).
     detr.NUM_CLASSES = 0
+    # Start every class anew where MODEL.WEIGHTS has a class head. Needed for weights with another
+    # number of classes that do not tell their names.
+    detr.NEW_CLASS_HEAD = False
     # For training masks on a frozen detector: a checkpoint of that detector.
     detr.FROZEN_WEIGHTS = ""
 

@@ -125,7 +125,8 @@ class SetCriterion(nn.Module):
         if world_size > 1:
             torch.distributed.all_reduce(sums)
         num_boxes, class_normalizer = sums.unbind()
-        return num_boxes.clamp(min=1) / world_size, class_normalizer / world_size
+        # At least 1 box; the class weights sum to zero only without objects and NO_OBJECT_WEIGHT 0.
+        return num_boxes.clamp(min=1) / world_size, class_normalizer.clamp(min=1e-6) / world_size
 
     @torch.no_grad()
     def _write_diagnostics(

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.autograd import gradcheck
 
+from detr_d2.errors import UserError
 from detr_d2.modeling.attention import MultiHeadAttention, PlainCrossAttention, SelfAttention
 from detr_d2.structures import Memory
 
@@ -133,5 +134,5 @@ def test_initial_values_are_those_of_one_fused_projection():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match=r"HIDDEN_DIM \(10\) must be divisible by .*NHEADS \(4\)"):
+    with pytest.raises(UserError, match=r"HIDDEN_DIM \(10\) must be divisible by .*NHEADS \(4\)"):
         MultiHeadAttention(10, 4)

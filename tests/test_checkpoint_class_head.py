@@ -86,16 +86,23 @@ def test_other_class_counts_map_by_the_checkpoints_own_names():
 
 
 @pytest.mark.parametrize("names", [(None, ["a", "b"]), (["a", "b", "c"], None)])
-def test_unknown_names_leave_the_head_but_no_object(names, caplog):
-    rows, report = fit(head(4), head(3, 1000), *names)
-    assert rows == [1000, 1001, 3]
-    report.log("file.pth")
-    assert "INITIAL" in caplog.text and "not known" in caplog.text
+def test_other_class_counts_without_names_are_refused(names):
+    with pytest.raises(UserError, match="'file.pth' has 3 classes, the model 2.*NUM_CLASSES to 3"):
+        fit(head(4), head(3, 1000), *names)
+
+
+def test_a_new_class_head_keeps_no_object_alone():
+    checkpoint = {"model": {HEAD: head(4), QUERIES: torch.zeros(2, 4)}}
+    model = {HEAD: head(3, 1000), QUERIES: torch.zeros(2, 4)}
+    state, report = fit_checkpoint(checkpoint, model, "file.pth", None, new_class_head=True)
+    assert state[HEAD][:, 0].tolist() == [1000, 1001, 3]
+    assert report.new_classes == 2 and not report.exact
 
 
 def test_placeholder_names_of_hugging_face_are_no_names():
-    rows, _ = fit(head(3), head(4, 1000), ["LABEL_0", "LABEL_1"], ["LABEL_0", "LABEL_1", "N/A"])
+    rows, report = fit(head(3), head(4, 1000), ["LABEL_0", "LABEL_1"], ["LABEL_0", "x", "N/A"])
     assert rows == [1000, 1001, 1002, 2]
+    assert report.new_classes == 3
 
 
 def test_same_classes_in_another_order_are_reordered():

@@ -56,11 +56,11 @@ def test_cost_by_hand(matcher):
     logits = torch.log(torch.tensor([[[8.0, 4.0, 1.0, 1.0, 1.0, 1.0]]]))
     output = LayerOutput(logits, torch.tensor([[[0.5, 0.5, 0.2, 0.2]]]))
     classes = torch.tensor([[1, 0]])
-    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.2], [0.8, 0.5, 0.2, 0.2]]])
+    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.3], [0.8, 0.5, 0.2, 0.2]]])
     cost = matcher.pair_costs(output, classes, boxes)
     # Second box: gap of 0.1 between two boxes of 0.2 x 0.2, hull 0.5 x 0.2.
     expected = [
-        -1 / 4 + 5 * 0.2 - 2 * (0.04 / 0.08),
+        -1 / 4 + 5 * (0.2 + 0.1) - 2 * (0.04 / 0.12),
         -1 / 2 + 5 * 0.3 + 2 * (0.02 / 0.10),
     ]
     assert cost.shape == (1, 1, 2)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from detr_d2.errors import UserError
 from detr_d2.modeling.position import LearnedPositionEmbedding, SinePositionEmbedding
 
 
@@ -44,7 +45,7 @@ def test_sine_does_not_depend_on_padding():
 
 
 def test_sine_needs_pairs_of_both_coordinates():
-    with pytest.raises(ValueError, match="HIDDEN_DIM must be divisible by 4, got 30"):
+    with pytest.raises(UserError, match="HIDDEN_DIM must be divisible by 4, got 30"):
         SinePositionEmbedding(30)
 
 
@@ -63,5 +64,5 @@ def test_learned_has_an_end():
     learned = LearnedPositionEmbedding(8)
     assert learned(padding_of(50, 50, 50, 50)).shape == (1, 8, 50, 50)
     for size in ((51, 3), (3, 51)):
-        with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} is larger .*POSITION_EMBEDDING"):
+        with pytest.raises(UserError, match=f"{size[0]}x{size[1]} is larger .*POSITION_EMBEDDING"):
             learned(padding_of(1, 1, *size))

@@ -17,7 +17,7 @@ import torch
 from tabulate import tabulate
 
 from ..errors import UserError
-from .class_rows import match_rows
+from .class_rows import UnknownNamesError, match_rows
 from .formats import FORMATS, recognise_format, timm_names, with_body_of
 from .names import StateDict
 
@@ -48,6 +48,8 @@ class LoadReport:
         loaded, initial, ignored: names; those of ``ignored`` are the checkpoint's.
         fitted: those of ``loaded`` that were mapped or resized.
         notes: sentences on what was mapped, resized or left out.
+        new_classes: how many of the model's classes start at their initial value although the
+            checkpoint has a class head.
     """
 
     title: str
@@ -56,6 +58,7 @@ class LoadReport:
     ignored: list[str] = field(default_factory=list)
     fitted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    new_classes: int = 0
 
     @property
     def transformer_untrained(self) -> bool:
@@ -114,6 +117,7 @@ def fit_checkpoint(
     model_state: StateDict,
     path: str,
     class_names: Sequence[str] | None = None,
+    new_class_head: bool = False,
 ) -> tuple[StateDict, LoadReport]:
     """Makes a checkpoint of any format a state dict of a model.
 
@@ -122,12 +126,14 @@ def fit_checkpoint(
         model_state: the model's ``state_dict()``, with its initial values.
         path: name of the file, for messages.
         class_names: names of the model's classes, or None where they are not known.
+        new_class_head: leave every class at its initial value.
 
     Returns:
         tensors for the model (only those the checkpoint has), and the account.
 
     Raises:
-        UserError: the checkpoint is one of another model, or of another width.
+        UserError: the checkpoint is one of another model, of another width, or has another number
+            of classes that cannot be mapped by their names.
     """
     theirs = _without_counters(checkpoint["model"], model_state)
     found, unknown, strange, title = _in_own_names(theirs, model_state, path)
@@ -141,7 +147,8 @@ def fit_checkpoint(
         same_width = tensor.shape[1:] == model_state[name].shape[1:]
         if same_width and name.endswith(("class_head.weight", "class_head.bias")):
             names = (checkpoint.get("class_names"), class_names)
-            state[name] = _fit_classes(name, tensor, model_state[name], names, report)
+            rows = _class_rows(path, len(tensor), len(model_state[name]), names, new_class_head)
+            state[name] = _fit_classes(name, tensor, model_state[name], rows, report)
         elif tensor.shape == model_state[name].shape:
             state[name] = tensor
         elif same_width and ".queries." in name:
@@ -219,19 +226,40 @@ def _refuse_another_shape(differing: dict[str, tuple], state: StateDict, path: s
             )
 
 
+def _class_rows(
+    path: str,
+    source: int,
+    target: int,
+    names: tuple[Sequence[str] | None, Sequence[str] | None],
+    new_class_head: bool,
+) -> tuple[list[int | None] | None, str]:
+    if new_class_head:
+        note = f"MODEL.DETR.NEW_CLASS_HEAD: all {target - 1} classes are at their INITIAL value."
+        return [None] * (target - 1) + [source - 1], note
+    try:
+        return match_rows(source, target, *names)
+    except UnknownNamesError as error:
+        raise UserError(
+            f"'{path}' has {source - 1} classes, the model {target - 1}, and they cannot be mapped "
+            f"because the names of {error} are not known: set MODEL.DETR.NUM_CLASSES to "
+            f"{source - 1}, or start a new class head with MODEL.DETR.NEW_CLASS_HEAD True."
+        ) from error
+
+
 def _fit_classes(
     name: str,
     tensor: torch.Tensor,
     initial: torch.Tensor,
-    names: tuple[Sequence[str] | None, Sequence[str] | None],
+    rows_and_note: tuple[list[int | None] | None, str],
     report: LoadReport,
 ) -> torch.Tensor:
-    rows, note = match_rows(len(tensor), len(initial), *names)
+    rows, note = rows_and_note
     if note:
         report.notes.append(note)
     if rows is None:
         return tensor
     report.fitted.append(name)
+    report.new_classes = rows.count(None)
     fitted = initial.detach().clone()
     for row, source in enumerate(rows):
         if source is not None:

@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    model: nn.Module, path: str, class_names: Sequence[str] | None = None
+    model: nn.Module,
+    path: str,
+    class_names: Sequence[str] | None = None,
+    new_class_head: bool = False,
 ) -> tuple[LoadReport, dict[str, Any]]:
     """Loads the weights of a checkpoint of any known format into a model, and logs what it did.
 
@@ -29,6 +32,7 @@ def load_weights(
         path: see `read_checkpoint`.
         class_names: names of the model's classes; needed where their number differs from the
             checkpoint's and is not one of COCO's.
+        new_class_head: leave every class at its initial value.
 
     Returns:
         the account, and what the checkpoint holds besides weights.
@@ -37,7 +41,9 @@ def load_weights(
         UserError: see `read_checkpoint` and `fit_checkpoint`.
     """
     checkpoint = read_checkpoint(path)
-    state, report = fit_checkpoint(checkpoint, model.state_dict(), path, class_names)
+    state, report = fit_checkpoint(
+        checkpoint, model.state_dict(), path, class_names, new_class_head
+    )
     model.load_state_dict(state, strict=False)
     report.log(path)
     del checkpoint["model"]
@@ -58,6 +64,7 @@ class DetrCheckpointer(DetectionCheckpointer):
         *,
         class_names: Sequence[str] | None = None,
         config: str | None = None,
+        new_class_head: bool = False,
         **kwargs: Any,
     ):
         """
@@ -67,11 +74,15 @@ class DetrCheckpointer(DetectionCheckpointer):
             class_names: names of the model's classes, saved with every checkpoint and used to map
                 the class head of others.
             config: yaml of the config, saved with every checkpoint.
+            new_class_head: leave every class at its initial value, except when resuming.
             kwargs: ``save_to_disk`` and the checkpointables, see detectron2's.
         """
         super().__init__(model, save_dir, **kwargs)
         self.class_names = class_names
         self.config = config
+        self.new_class_head = new_class_head
+        # What became of the last checkpoint that was loaded.
+        self.report: LoadReport | None = None
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Loads weights, and from a checkpoint of this package the checkpointables too.
@@ -91,10 +102,14 @@ class DetrCheckpointer(DetectionCheckpointer):
         if not path:
             logger.warning("MODEL.WEIGHTS is empty: the whole model is at its initial value.")
             return {}
-        report, checkpoint = load_weights(self.model, path, self.class_names)
+        resuming = checkpointables is None
+        report, checkpoint = load_weights(
+            self.model, path, self.class_names, self.new_class_head and not resuming
+        )
+        self.report = report
         if "package" not in checkpoint:
             return checkpoint
-        wanted = self.checkpointables if checkpointables is None else checkpointables
+        wanted = self.checkpointables if resuming else checkpointables
         restored = [name for name in wanted if name in checkpoint]
         if restored and not report.exact:
             raise UserError(

@@ -16,6 +16,10 @@ Names = Sequence[str | None]
 _NO_NAME = re.compile(r"N/A|LABEL_\d+")
 
 
+class UnknownNamesError(ValueError):
+    """Classes cannot be mapped by name; the message says whose names are missing."""
+
+
 def coco_names(num_classes: int) -> list[str | None] | None:
     """Names of COCO's classes as heads of this size count them; None where no head of COCO does.
 
@@ -61,6 +65,9 @@ def match_rows(
         for each of the model's rows the checkpoint's row, None where it has none; and a sentence
         for the log. No list at all means: take the head as it is (then the sentence, if there is
         one, is a warning).
+
+    Raises:
+        UnknownNamesError: the numbers of classes differ, and one side's names are not known.
     """
     ours = names_of_rows(target_names, target - 1)
     theirs = names_of_rows(source_names, source - 1)
@@ -78,18 +85,12 @@ def match_rows(
     if source == target and all(row in (None, i) for i, row in enumerate(rows)):
         return None, ""
     if ours is None or theirs is None:
-        side = "the model's data set" if ours is None else "the checkpoint"
-        rows = [None] * (target - 1)
-        note = (
-            f"Class head left at its INITIAL value but for no-object: the checkpoint has "
-            f"{source - 1} classes, the model {target - 1}, and the names of {side} are not known."
-        )
-    else:
-        note = (
-            f"Class head mapped by class names: {matched} of the model's {wanted} classes found "
-            f"among the checkpoint's {source - 1}"
-            + ("." if matched == wanted else ", the others left at their INITIAL value.")
-        )
+        raise UnknownNamesError("the model's data set" if ours is None else "the checkpoint")
+    note = (
+        f"Class head mapped by class names: {matched} of the model's {wanted} classes found "
+        f"among the checkpoint's {source - 1}"
+        + ("." if matched == wanted else ", the others left at their INITIAL value.")
+    )
     return [*rows, source - 1], note
 
 

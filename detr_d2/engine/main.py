@@ -48,7 +48,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be used: {error}.") from error
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_d2")
-    logging.getLogger("detectron2.engine.train_loop").addFilter(is_not_about_user_error)
+    logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     register_datasets(cfg, args.register)
     check_num_classes(cfg)
     return cfg
@@ -109,9 +109,11 @@ def check_names(cfg: CfgNode) -> None:
         raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: {error}") from error
 
 
-def is_not_about_user_error(record: logging.LogRecord) -> bool:
-    """Log filter: detectron2's training loop logs the traceback of everything raised in it."""
-    return not (record.exc_info and isinstance(record.exc_info[1], UserError))
+def shorten_user_error(record: logging.LogRecord) -> bool:
+    """Log filter for detectron2's training loop, which logs the traceback of whatever ends it."""
+    if record.exc_info and isinstance(record.exc_info[1], UserError):
+        record.msg, record.exc_info = f"{record.msg} {record.exc_info[1]}", None
+    return True
 
 
 def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
@@ -123,7 +125,14 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name at least one data set to evaluate on.")
     model = DetrTrainer.build_model(cfg)
-    build_checkpointer(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    checkpointer = build_checkpointer(cfg, model)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    if checkpointer.report and checkpointer.report.new_classes:
+        raise UserError(
+            f"{checkpointer.report.new_classes} of the {len(checkpointer.class_names)} classes of "
+            f"{cfg.DATASETS.TEST[0]!r} were never trained in {cfg.MODEL.WEIGHTS!r}: name other "
+            "weights in MODEL.WEIGHTS or a data set with their classes in DATASETS.TEST, or train."
+        )
     results = DetrTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

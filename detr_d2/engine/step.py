@@ -120,7 +120,8 @@ class StepTrainer(TrainerBase):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         TrainerBase.load_state_dict(self, state_dict)
-        self.precision.scaler.load_state_dict(state_dict["grad_scaler"])
+        if state_dict["grad_scaler"]:  # empty where it was saved without float16
+            self.precision.scaler.load_state_dict(state_dict["grad_scaler"])
         if state_dict["seed"] != self.seed:
             self.seed = state_dict["seed"]
             self.data_loader = self.build_loader(self.seed)

@@ -104,5 +104,10 @@ def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -
     """Checkpointer that saves a config's class names and yaml along with the weights."""
     classes = classes_of([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1])
     return DetrCheckpointer(
-        model, cfg.OUTPUT_DIR, class_names=classes, config=cfg.dump(), **checkpointables
+        model,
+        cfg.OUTPUT_DIR,
+        class_names=classes,
+        config=cfg.dump(),
+        new_class_head=cfg.MODEL.DETR.NEW_CLASS_HEAD,
+        **checkpointables,
     )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..structures import Memory
 
 
@@ -21,7 +22,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0):
         super().__init__()
         if hidden_dim % num_heads:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.DETR.HIDDEN_DIM ({hidden_dim}) must be divisible by "
                 f"MODEL.DETR.NHEADS ({num_heads})."
             )

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 
 class SinePositionEmbedding(nn.Module):
     """Sine and cosine of normalised coordinates (DETR, appendix A.4; Parmar et al., 2018).
@@ -21,7 +23,7 @@ class SinePositionEmbedding(nn.Module):
     def __init__(self, hidden_dim: int, temperature: float = 10000.0):
         super().__init__()
         if hidden_dim % 4:
-            raise ValueError(f"MODEL.DETR.HIDDEN_DIM must be divisible by 4, got {hidden_dim}.")
+            raise UserError(f"MODEL.DETR.HIDDEN_DIM must be divisible by 4, got {hidden_dim}.")
         self.channels = hidden_dim // 2
         self.temperature = temperature
 
@@ -55,12 +57,12 @@ class LearnedPositionEmbedding(nn.Module):
         """(B, H, W) -> (B, C, H, W).
 
         Raises:
-            ValueError: the map is larger than the embedding.
+            UserError: the map is larger than the embedding.
         """
         batch, height, width = padding.shape
         max_size = self.row_embedding.num_embeddings
         if max(height, width) > max_size:
-            raise ValueError(
+            raise UserError(
                 f"A feature map of {height}x{width} is larger than the learned position embedding "
                 f"({max_size}x{max_size}): lower INPUT.MAX_SIZE_TRAIN and INPUT.MAX_SIZE_TEST, or "
                 'set MODEL.DETR.POSITION_EMBEDDING to "sine".'

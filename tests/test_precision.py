@@ -1,0 +1,92 @@
+"""Mixed precision."""
+
+import math
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from detr_d2.engine import DetrTrainer, Precision
+from detr_d2.engine.step import accumulate_gradients
+from detr_d2.errors import UserError
+
+from .helpers import random_inputs, tiny_cfg
+from .training import read_metrics, registered_rectangles, training_cfg
+
+
+def test_bfloat16_trains_on_a_cpu(tmp_path):
+    with registered_rectangles(tmp_path / "rectangles") as name:
+        cfg = training_cfg(name, tmp_path / "out", "SOLVER.AMP.ENABLED", True)
+        trainer = DetrTrainer(cfg)
+        assert str(trainer.precision) == "bfloat16"
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        trainer.train()
+    last = read_metrics(tmp_path / "out")[-1]
+    assert last["iteration"] == 3
+    assert all(math.isfinite(value) for name, value in last.items())
+    for old, new in zip(before, trainer.model.parameters(), strict=True):
+        assert new.dtype == torch.float32 and torch.isfinite(new).all()
+        assert not torch.equal(old, new)
+
+
+def test_losses_are_float32():
+    """The layers compute in bfloat16, the criterion does not."""
+    model = build_model(tiny_cfg()).train()
+    dtypes = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    inputs = random_inputs([(64, 64), (64, 80)], [2, 0])
+    losses = accumulate_gradients(model, [inputs], Precision("cpu", enabled=True))
+    assert dtypes == {torch.bfloat16}
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_bfloat16_is_close_to_float32():
+    cfg = tiny_cfg("MODEL.DETR.DROPOUT", 0.0, "MODEL.RESNETS.NORM", "FrozenBN")
+    model = build_model(cfg).train()
+    inputs = random_inputs([(64, 64), (64, 80)], [2, 1])
+    losses = [
+        accumulate_gradients(model, [inputs], Precision("cpu", enabled=enabled))
+        for enabled in (False, True)
+    ]
+    for name in ("loss_bbox", "loss_giou", "loss_ce"):
+        assert losses[1][name].item() == pytest.approx(losses[0][name].item(), rel=0.05)
+        assert losses[1][name] != losses[0][name]
+
+
+def test_disabled():
+    precision = Precision("cpu", enabled=False, dtype="bfloat16")
+    with precision.autocast():
+        assert nn.Linear(2, 2)(torch.ones(2)).dtype == torch.float32
+    assert str(precision) == "float32"
+
+
+def test_choice_of_type():
+    assert Precision("cpu").dtype == torch.bfloat16
+    assert Precision("cuda").dtype == torch.float16
+    assert Precision(torch.device("cuda:1"), dtype="bfloat16").dtype == torch.bfloat16
+    cfg = tiny_cfg("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
+    assert str(Precision.from_config(cfg)) == "bfloat16"
+
+
+def test_gradients_are_scaled_for_float16_only(monkeypatch):
+    assert not Precision("cpu", enabled=True).scaler.is_enabled()
+    # Without CUDA, torch's scaler switches itself off whatever it is told.
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: (device, enabled))
+    assert Precision("cuda", enabled=True).scaler == ("cuda", True)
+    assert Precision("cuda", enabled=True, dtype="bfloat16").scaler == ("cuda", False)
+    assert Precision("cuda", enabled=False).scaler == ("cuda", False)
+
+
+def test_float16_on_a_cpu_is_refused():
+    with pytest.raises(UserError, match="SOLVER.AMP.DTYPE float16 needs a GPU"):
+        Precision("cpu", enabled=True, dtype="float16")
+    assert str(Precision("cpu", enabled=False, dtype="float16")) == "float32"
+
+
+def test_unknown_type():
+    with pytest.raises(UserError, match="SOLVER.AMP.DTYPE is 'fp8'.*bfloat16"):
+        Precision("cpu", dtype="fp8")
