@@ -59,8 +59,8 @@ def main() -> None:
         f"MODEL.WEIGHTS {tuned}/model_final.pth",
     )
     print(
-        f"\nEvaluation of the trained model took {seconds:.0f} s, training {training_seconds:.0f} s "
-        f"with its evaluation.\n"
+        f"\nEvaluation of the trained model took {seconds:.0f} s, training "
+        f"{training_seconds:.0f} s with its evaluation.\n"
         f"  AP of both                        {trained}/log.txt, {tuned}/log.txt\n"
         f"  AP per class                      {trained}/inference/per_class_ap.json\n"
         f"                                    {tuned}/inference/per_class_ap.json\n"

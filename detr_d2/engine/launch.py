@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.engine import default_argument_parser, launch
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import UserError
 
@@ -43,7 +43,7 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
             args=(args,),
         )
     except UserError as error:
-        sys.exit(f"error: {message_for_users(str(error)) or one_line(str(error))}")
+        sys.exit(f"error: {one_line(error)}")
     except ProcessRaisedException as error:
         # One of several processes, which could only hand over its traceback as text.
         text = str(error).strip()
@@ -51,6 +51,8 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         if not message:
             print(text, file=sys.stderr)
         sys.exit(f"error: {message or text.splitlines()[-1]}")
+    except ProcessExitedException as error:
+        sys.exit(f"error: {error} (SIGKILL: most often for lack of memory).")
 
 
 def message_for_users(traceback: str) -> str:
@@ -63,8 +65,9 @@ def message_for_users(traceback: str) -> str:
         return ""
     # Up to the next line that could begin another exception of a chain.
     last = re.split(r"^([\w.]+)(?:: |$)", traceback, flags=re.MULTILINE)[-2:]
-    return one_line(last[1]) if last[0].startswith(f"{__package__.split('.')[0]}.") else ""
+    is_own = last[0].startswith(f"{__package__.split('.')[0]}.")
+    return " ".join(last[1].split()) if is_own else ""
 
 
-def one_line(text: str) -> str:
-    return " ".join(text.split())
+def one_line(error: UserError) -> str:
+    return message_for_users(str(error)) or " ".join(str(error).split())

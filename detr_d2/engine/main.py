@@ -19,6 +19,7 @@ from ..config import get_detr_cfg
 from ..data import parse_register_argument, register_coco_dataset
 from ..data.classes import check_num_classes
 from ..errors import UserError
+from .launch import one_line
 from .trainer import DetrTrainer, build_checkpointer
 
 
@@ -81,7 +82,9 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error}.") from error
     except (KeyError, AssertionError, ValueError, YAMLError) as error:
-        raise UserError(f"{source}: {error.args[0] if error.args else error}") from error
+        # A KeyError's text is its message in quotation marks.
+        message = error.args[0] if isinstance(error, KeyError) else error
+        raise UserError(f"{source}: {message}") from error
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     check_names(cfg)
@@ -112,7 +115,7 @@ def check_names(cfg: CfgNode) -> None:
 def shorten_user_error(record: logging.LogRecord) -> bool:
     """Log filter for detectron2's training loop, which logs the traceback of whatever ends it."""
     if record.exc_info and isinstance(record.exc_info[1], UserError):
-        record.msg, record.exc_info = f"{record.msg} {record.exc_info[1]}", None
+        record.msg, record.exc_info = f"{record.msg} {one_line(record.exc_info[1])}", None
     return True
 
 
@@ -126,6 +129,8 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
         raise UserError("DATASETS.TEST is empty: name at least one data set to evaluate on.")
     model = DetrTrainer.build_model(cfg)
     checkpointer = build_checkpointer(cfg, model)
+    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+        raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to evaluate.")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if checkpointer.report and checkpointer.report.new_classes:
         raise UserError(

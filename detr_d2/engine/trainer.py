@@ -19,6 +19,7 @@ from ..checkpoint import DetrCheckpointer
 from ..data import classes_of
 from ..data.classes import check_num_classes
 from ..data.loader import build_test_loader, build_train_loader, images_per_forward
+from ..errors import UserError
 from ..evaluation import build_evaluator
 from .optimizer import build_optimizer, full_model_clip_norm
 from .precision import Precision
@@ -86,6 +87,15 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        try:
+            return super().build_lr_scheduler(cfg, optimizer)
+        except ValueError as error:
+            raise UserError(f"The schedule in SOLVER is not possible: {error}.") from error
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Batch]:
