@@ -98,7 +98,7 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = "auto"
     # Length of the training in epochs instead of SOLVER.MAX_ITER, and where the learning rate
     # drops instead of SOLVER.STEPS. 0 and []: iterations count.
-    cfg.SOLVER.EPOCHS = 0.0
+    cfg.SOLVER.EPOCHS = 0
     cfg.SOLVER.STEP_EPOCHS = []
     # Evaluation every so many epochs instead of TEST.EVAL_PERIOD iterations.
-    cfg.TEST.EVAL_EPOCHS = 0.0
+    cfg.TEST.EVAL_EPOCHS = 0

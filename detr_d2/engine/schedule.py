@@ -34,7 +34,7 @@ def resolve_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
         resolved.SOLVER.STEPS = tuple(iterations(e) for e in solver.STEP_EPOCHS)
     if cfg.TEST.EVAL_EPOCHS:
         resolved.TEST.EVAL_PERIOD = iterations(cfg.TEST.EVAL_EPOCHS)
-    resolved.SOLVER.EPOCHS = resolved.TEST.EVAL_EPOCHS = 0.0
+    resolved.SOLVER.EPOCHS = resolved.TEST.EVAL_EPOCHS = 0
     resolved.SOLVER.STEP_EPOCHS = []
     if cfg.is_frozen():
         resolved.freeze()

@@ -1,0 +1,240 @@
+"""The training stream: what it depends on, and what it does not depend on."""
+
+import logging
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+
+from detr_d2.data.loader import (
+    ResumableBatchSampler,
+    SeededDataset,
+    build_train_loader,
+    build_training_dicts,
+    derive_seed,
+    images_per_forward,
+    warn_of_few_queries,
+)
+from detr_d2.errors import UserError
+
+from .training import fake_rank, registered_rectangles, training_cfg
+
+
+@pytest.fixture(scope="module")
+def rectangles(tmp_path_factory):
+    with registered_rectangles(tmp_path_factory.mktemp("rectangles")) as name:
+        yield name
+
+
+@pytest.fixture
+def make_loader(rectangles, tmp_path):
+    """(seed, key, value, …) -> training loader."""
+    return lambda seed, *options: build_train_loader(
+        training_cfg(rectangles, tmp_path, *options), seed
+    )
+
+
+@pytest.fixture
+def caplog(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+    return caplog
+
+
+def draw(loader, count, start=0):
+    """Batches `start` to `start + count`, each a list of (file, pixels, boxes)."""
+    loader.batch_sampler.start_batch = start
+    return [
+        [(x["file_name"], x["image"], x["instances"].gt_boxes.tensor) for x in batch]
+        for batch in islice(iter(loader), count)
+    ]
+
+
+def assert_same(first, second):
+    assert [[x[0] for x in batch] for batch in first] == [[x[0] for x in b] for b in second]
+    for batch, other in zip(first, second, strict=True):
+        for one, another in zip(batch, other, strict=True):
+            assert torch.equal(one[1], another[1])
+            assert torch.equal(one[2], another[2])
+
+
+def test_batches_do_not_depend_on_workers(make_loader):
+    expected = draw(make_loader(5), 6)
+    for workers in (1, 2):
+        assert_same(draw(make_loader(5, "DATALOADER.NUM_WORKERS", workers), 6), expected)
+
+
+def test_starting_later_is_skipping(make_loader):
+    """Across several epochs of 12 images in batches of 4, with another augmentation in each."""
+    everything = draw(make_loader(5), 10)
+    assert_same(draw(make_loader(5), 3, start=7), everything[7:])
+
+
+def test_each_epoch_has_every_image_once_with_new_augmentation(make_loader):
+    first, second = draw(make_loader(5), 3), draw(make_loader(5), 3, start=3)
+    names = [sorted(x[0] for batch in epoch for x in batch) for epoch in (first, second)]
+    assert names[0] == names[1] and len(set(names[0])) == 12
+    pixels = [{x[0]: x[1] for batch in epoch for x in batch} for epoch in (first, second)]
+    changed = [not torch.equal(pixels[0][name], pixels[1][name]) for name in names[0]]
+    assert any(changed)
+
+
+def test_seeds_differ(make_loader):
+    order = [[x[0] for batch in draw(make_loader(seed), 3) for x in batch] for seed in (1, 2)]
+    assert order[0] != order[1]
+
+
+def test_derived_seeds():
+    seeds = {derive_seed(a, b) for a in range(20) for b in range(20)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(3, 4) == derive_seed(3, 4)
+
+
+def test_ranks_share_the_stream(make_loader):
+    """Two processes together see what one process sees, image by image."""
+    alone = [x for batch in draw(make_loader(5), 6) for x in batch]
+    halves = []
+    for rank in (0, 1):
+        with fake_rank(rank, 2):
+            halves.append([x for batch in draw(make_loader(5), 6) for x in batch])
+    assert [len(half) for half in halves] == [12, 12]
+    together = [x for pair in zip(*halves, strict=True) for x in pair]
+    assert_same([together], [alone])
+
+
+def test_random_numbers_of_the_process_are_left_alone(make_loader):
+    loader = make_loader(5)
+    batches = iter(loader)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    next(batches)
+    drawn = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+def test_augmentation_does_not_depend_on_the_process(make_loader):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draw(make_loader(5), 2)
+    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    assert_same(draw(make_loader(5), 2), expected)
+
+
+def test_every_random_generator_is_seeded_by_the_place_in_the_stream():
+    def mapper(index):
+        return index, random.random(), np.random.rand(), torch.rand(1).item()
+
+    dataset = SeededDataset(range(4), mapper, seed=1)
+    first = dataset[2, 7]
+    torch.rand(3), np.random.rand(), random.random()
+    assert dataset[2, 7] == first
+    for other in (dataset[2, 8], SeededDataset(range(4), mapper, seed=2)[2, 7]):
+        assert all(a != b for a, b in zip(first[1:], other[1:], strict=True))
+
+
+def test_aspect_ratio_grouping(make_loader):
+    def is_mixed(batch):
+        return len({image.shape[2] > image.shape[1] for _, image, _ in batch}) > 1
+
+    options = ("INPUT.RANDOM_FLIP", "none", "SOLVER.IMS_PER_BATCH", 2)
+    key = "DATALOADER.ASPECT_RATIO_GROUPING"
+    grouped = draw(make_loader(5, *options, key, True), 20)
+    assert not any(map(is_mixed, grouped))
+    assert any(map(is_mixed, draw(make_loader(5, *options, key, False), 20)))
+    assert_same(draw(make_loader(5, *options, key, True), 5, start=15), grouped[15:])
+
+
+def test_batches_of_groups():
+    """Indices 0 to 5 in groups a b a a b a, two per batch: written out by hand."""
+    sampler = ResumableBatchSampler(range(6), 2, groups=[0, 1, 0, 0, 1, 0])
+    assert list(sampler) == [[(0, 0), (2, 2)], [(1, 1), (4, 4)], [(3, 3), (5, 5)]]
+    with fake_rank(1, 3):
+        assert next(iter(sampler)) == [(0, 1), (2, 7)]
+
+
+def test_samplers(make_loader):
+    assert isinstance(make_loader(0).batch_sampler.indices, TrainingSampler)
+    options = ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+    loader = make_loader(0, *options, "DATALOADER.REPEAT_THRESHOLD", 1.0)
+    assert isinstance(loader.batch_sampler.indices, RepeatFactorTrainingSampler)
+    with pytest.raises(UserError, match="SAMPLER_TRAIN is 'Nope'.*RepeatFactorTrainingSampler"):
+        make_loader(0, "DATALOADER.SAMPLER_TRAIN", "Nope")
+
+
+def test_rare_classes_are_repeated():
+    """Class 1 is on 1 of 4 images, so with the threshold 1 its factor is sqrt(1 / 0.25) = 2;
+    class 0 is on 3 of 4: sqrt(4 / 3). The expected shares follow."""
+    dicts = [
+        {"annotations": [{"category_id": int(i == 0)}], "width": 1, "height": 1} for i in range(4)
+    ]
+    loader = build_train_loader(
+        dicts,
+        mapper=dict,
+        seed=0,
+        total_batch_size=1,
+        sampler="RepeatFactorTrainingSampler",
+        repeat_threshold=1.0,
+    )
+    drawn = [batch[0][0] for batch in islice(loader.batch_sampler, 4000)]
+    expected = 2 / (2 + 3 * (4 / 3) ** 0.5)
+    assert drawn.count(0) / len(drawn) == pytest.approx(expected, abs=0.02)
+
+
+def test_images_per_forward():
+    assert images_per_forward(16, 1) == 16
+    assert images_per_forward(16, 4) == 4
+    with fake_rank(0, 2):
+        assert images_per_forward(16, 4) == 2
+        with pytest.raises(UserError, match=r"IMS_PER_BATCH \(6\).*processes \(2\).*STEPS \(2\)"):
+            images_per_forward(6, 2)
+    with pytest.raises(UserError, match=r"IMS_PER_BATCH \(0\)"):
+        images_per_forward(0, 1)
+    with pytest.raises(UserError, match="ACCUMULATION_STEPS is 0"):
+        images_per_forward(4, 0)
+
+
+def test_unusable_images_are_replaced():
+    dataset = SeededDataset([0, 1, 2, 3], lambda x: None if x == 2 else {"image": x}, seed=0)
+    drawn = [dataset[2, position]["image"] for position in range(20)]
+    assert set(drawn) == {0, 1, 3}
+    assert drawn == [dataset[2, position]["image"] for position in range(20)]
+
+
+def test_nothing_usable_is_an_error():
+    dataset = SeededDataset([0, 1], lambda x: None, seed=0)
+    with pytest.raises(UserError, match="100 images in a row"):
+        dataset[0, 0]
+    random.seed(0)
+    before = random.random()
+    random.seed(0)
+    with pytest.raises(UserError):
+        dataset[0, 0]
+    assert random.random() == before
+
+
+def test_nothing_to_train_on(rectangles, tmp_path):
+    with pytest.raises(UserError, match="DATASETS.TRAIN is empty"):
+        build_training_dicts([], num_classes=3, num_queries=7)
+    cfg = training_cfg(rectangles, tmp_path, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", True)
+    assert len(build_training_dicts(cfg)) == 9  # every fourth of 12 images is empty
+
+
+def test_data_set_without_images(monkeypatch, rectangles, tmp_path):
+    monkeypatch.setattr("detr_d2.data.loader.check_annotations", lambda *args, **options: [])
+    with pytest.raises(UserError, match=f"{rectangles}.* has no image to train on"):
+        build_training_dicts(training_cfg(rectangles, tmp_path))
+
+
+def test_more_objects_than_queries(caplog):
+    def image(objects, crowds=0):
+        return {"annotations": [{}] * objects + [{"iscrowd": 1}] * crowds}
+
+    warn_of_few_queries([image(3), image(2, crowds=5), {}], num_queries=3)
+    assert not caplog.records
+    warn_of_few_queries([image(4), image(9), image(3)], num_queries=3)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "2 of 3 images have more objects (up to 9)" in record.getMessage()
+    assert "NUM_OBJECT_QUERIES, now 3" in record.getMessage()

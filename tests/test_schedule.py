@@ -1,0 +1,68 @@
+"""Epochs as iterations, by hand."""
+
+import pytest
+
+from detr_d2 import get_detr_cfg
+from detr_d2.engine import resolve_epochs
+from detr_d2.errors import UserError
+
+
+def make_cfg(*options):
+    cfg = get_detr_cfg()
+    cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", 16, *options])
+    cfg.freeze()
+    return cfg
+
+
+def test_epochs_become_iterations():
+    """1,000 images in batches of 16 are 62.5 iterations per epoch."""
+    cfg = make_cfg(
+        *("SOLVER.EPOCHS", 10.0, "SOLVER.STEP_EPOCHS", [6, 8.0], "TEST.EVAL_EPOCHS", 0.5),
+    )
+    resolved = resolve_epochs(cfg, num_images=1000)
+    assert resolved.SOLVER.MAX_ITER == 625
+    assert tuple(resolved.SOLVER.STEPS) == (375, 500)
+    assert resolved.TEST.EVAL_PERIOD == 31
+    assert (resolved.SOLVER.EPOCHS, resolved.SOLVER.STEP_EPOCHS) == (0.0, [])
+    assert resolved.TEST.EVAL_EPOCHS == 0.0
+    assert resolved.is_frozen()
+    assert cfg.SOLVER.EPOCHS == 10.0  # the given config stays as it is
+    assert resolve_epochs(resolved, num_images=7) == resolved
+
+
+def test_coco_schedule_of_the_paper():
+    """500 epochs of 118,287 images in batches of 64: 1848.2 iterations each."""
+    cfg = make_cfg(
+        *("SOLVER.IMS_PER_BATCH", 64, "SOLVER.EPOCHS", 500.0, "SOLVER.STEP_EPOCHS", [400]),
+    )
+    resolved = resolve_epochs(cfg, num_images=118287)
+    assert resolved.SOLVER.MAX_ITER == 924117
+    assert tuple(resolved.SOLVER.STEPS) == (739294,)
+
+
+def test_epochs_without_drops_leave_the_default_drops_out():
+    resolved = resolve_epochs(make_cfg("SOLVER.EPOCHS", 1.0), num_images=160)
+    assert (resolved.SOLVER.MAX_ITER, tuple(resolved.SOLVER.STEPS)) == (10, ())
+
+
+def test_never_less_than_one_iteration():
+    cfg = make_cfg("SOLVER.EPOCHS", 1.0, "TEST.EVAL_EPOCHS", 0.01)
+    resolved = resolve_epochs(cfg, num_images=4)
+    assert (resolved.SOLVER.MAX_ITER, resolved.TEST.EVAL_PERIOD) == (1, 1)
+
+
+def test_evaluation_in_epochs_of_a_training_in_iterations():
+    cfg = make_cfg("SOLVER.MAX_ITER", 77, "SOLVER.STEPS", (50,), "TEST.EVAL_EPOCHS", 2.0)
+    resolved = resolve_epochs(cfg, num_images=160)
+    assert (resolved.SOLVER.MAX_ITER, tuple(resolved.SOLVER.STEPS)) == (77, (50,))
+    assert resolved.TEST.EVAL_PERIOD == 20
+
+
+def test_iterations_stay():
+    cfg = make_cfg("SOLVER.MAX_ITER", 77)
+    assert resolve_epochs(cfg, num_images=160) is cfg
+
+
+def test_drops_in_epochs_need_a_length_in_epochs():
+    with pytest.raises(UserError, match="STEP_EPOCHS needs SOLVER.EPOCHS"):
+        resolve_epochs(make_cfg("SOLVER.STEP_EPOCHS", [3]), num_images=160)

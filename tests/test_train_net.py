@@ -1,0 +1,387 @@
+"""tools/train_net.py as people type it: their own data, and everything they can get wrong."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from detr_d2.engine.launch import argument_parser, message_for_users, run
+from detr_d2.engine.main import train_or_evaluate
+
+from .training import (
+    CATEGORIES,
+    TRAIN_NET,
+    command,
+    environment,
+    logging_as_before,
+    read_metrics,
+    training_cfg,
+    unregistering,
+    write_rectangles,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """(train, val) of annotation file and image folder."""
+    folder = tmp_path_factory.mktemp("data")
+    return (
+        write_rectangles(folder / "train"),
+        write_rectangles(folder / "val", num_images=4, seed=1),
+    )
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file whose data sets are named `train` and `val`."""
+    cfg = training_cfg("train", tmp_path / "out", "DATASETS.TEST", ("val",))
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.dump())
+    return path
+
+
+@pytest.fixture
+def register(data):
+    """Arguments that register both data sets."""
+    return [
+        *("--register", "train={}:{}".format(*data[0])),
+        *("--register", "val={}:{}".format(*data[1])),
+    ]
+
+
+def call(*arguments):
+    """What the script does, in this process; gives the metrics."""
+    with unregistering(), logging_as_before():
+        return train_or_evaluate(argument_parser().parse_args([str(a) for a in arguments]))
+
+
+def fail(*arguments) -> str:
+    """The one line that the script ends with."""
+    with unregistering(), logging_as_before(), pytest.raises(SystemExit) as caught:
+        run(train_or_evaluate, argument_parser().parse_args([str(a) for a in arguments]))
+    # sys.exit prints text to standard error and makes the exit status 1.
+    message = caught.value.code
+    assert isinstance(message, str) and message.startswith("error: ")
+    assert "\n" not in message and "Traceback" not in message
+    return message
+
+
+# The whole way
+
+
+def test_own_data_from_annotations_to_ap(config, register, tmp_path):
+    """Two `--register`, ids with holes; the weights written give the AP again."""
+    arguments = ["--config-file", config, *register]
+    done = subprocess.run(
+        command(*arguments, "SOLVER.MAX_ITER", 20),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,  # the script does not depend on where it is called
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Registered 'train': 12 images" in done.stdout
+    assert "3 classes: red, green, blue" in done.stdout
+    out = tmp_path / "out"
+    trained = read_metrics(out)[-1]
+    detections = json.loads((out / "inference" / "coco_instances_results.json").read_text())
+    assert {d["category_id"] for d in detections} <= {1, 4, 7}
+    assert len(detections) == 4 * 7  # one for each of 7 queries
+    saved = torch.load(out / "model_final.pth")
+    assert saved["class_names"] == ["red", "green", "blue"]
+
+    weights = ("MODEL.WEIGHTS", out / "model_final.pth", "OUTPUT_DIR", tmp_path / "again")
+    metrics = call(*arguments, "--eval-only", *weights)["bbox"]
+    again = json.loads((tmp_path / "again/inference/coco_instances_results.json").read_text())
+    assert [(d["image_id"], d["category_id"]) for d in again] == [
+        (d["image_id"], d["category_id"]) for d in detections
+    ]
+    for one, other in zip(again, detections, strict=True):
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+    for name in ("AP", "AP50", "AP75", "AP-red", "AP-green", "AP-blue"):
+        assert metrics[name] == pytest.approx(trained[f"bbox/{name}"], nan_ok=True)
+
+
+def test_evaluation_of_the_last_checkpoint(config, register, tmp_path):
+    arguments = ["--config-file", config, *register]
+    call(*arguments, "SOLVER.MAX_ITER", 1)
+    metrics = call(*arguments, "--eval-only", "--resume", "MODEL.WEIGHTS", tmp_path / "nothing")
+    assert 0 <= metrics["bbox"]["AP"] <= 100
+
+
+def test_error_of_the_script(config, register, tmp_path, data):
+    """A real process: exit status 1, one line on standard error, no traceback anywhere. The
+    unreadable image is met by a data loader's worker during the training."""
+    [broken] = broken_data(tmp_path)
+    options = ("DATALOADER.NUM_WORKERS", 1, "DATASETS.TEST", "()")
+    done = subprocess.run(
+        command("--config-file", config, "--register", broken, *options),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: Cannot read the image ") and "2.png" in error
+    assert error.endswith("set INPUT.SKIP_UNREADABLE_IMAGES True.")
+    assert done.stderr.rstrip().endswith(error)
+    assert "Traceback" not in done.stderr + done.stdout
+    assert error.removeprefix("error: ").split(":")[0] in (tmp_path / "out/log.txt").read_text()
+
+
+def broken_data(folder: Path) -> list[str]:
+    """--register's argument for a data set with an image that is no image."""
+    json_file, images = write_rectangles(folder / "broken", num_images=4)
+    Path(images, "2.png").write_bytes(b"no image")
+    return [f"train={json_file}:{images}"]
+
+
+def test_unreadable_image_can_be_skipped(config, tmp_path):
+    [broken] = broken_data(tmp_path)
+    options = ("DATASETS.TEST", "()", "INPUT.SKIP_UNREADABLE_IMAGES", "True")
+    call("--config-file", config, "--register", broken, *options)
+    assert (tmp_path / "out" / "model_final.pth").exists()
+    assert read_metrics(tmp_path / "out")[-1]["iteration"] == 3
+
+
+# Configs
+
+
+def test_missing_config_file(tmp_path):
+    path = tmp_path / "nothing.yaml"
+    assert f"--config-file {path}: " in fail("--config-file", path)
+
+
+def test_no_config_file():
+    assert "META_ARCHITECTURE is 'GeneralizedRCNN'" in fail()
+    assert "--config-file one of the files in configs/" in fail()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("MODEL: [1, 2", "while parsing a flow sequence"),
+        ("MODEL:\n  DETR:\n    NUM_CLASES: 3\n", "Non-existent config key: MODEL.DETR.NUM_CLASES"),
+        ("SOLVER:\n  BASE_LR: fast\n", "SOLVER.BASE_LR"),
+        ("_BASE_: nothing.yaml\n", "nothing.yaml"),
+        ("VERSION: 99\n", "v99"),
+    ],
+)
+def test_wrong_config_file(tmp_path, text, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    message = fail("--config-file", path)
+    assert f"--config-file {path}" in message and expected in message
+
+
+def test_config_file_cannot_run_code(tmp_path):
+    path, target = tmp_path / "config.yaml", tmp_path / "written"
+    path.write_text(f'OUTPUT_DIR: !!python/object/apply:os.system ["touch {target}"]\n')
+    assert "could not determine a constructor" in fail("--config-file", path)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["MODEL.DETR.NUM_CLASES", "3"], "Non-existent key: MODEL.DETR.NUM_CLASES"),
+        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR"], "it must be a list of pairs"),
+        (["MODEL.DEVICE", "cpu", "--num-gpus", "2"], "--num-gpus must stand before"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'"),
+        (["MODEL.BACKBONE.NAME", "nope"], "BACKBONE.NAME is 'nope'; it must be one of build_basic"),
+        (["MODEL.META_ARCHITECTURE", "Detrr"], "MODEL.META_ARCHITECTURE is 'Detrr'"),
+    ],
+)
+def test_wrong_override(config, overrides, expected):
+    assert expected in fail("--config-file", config, *overrides)
+
+
+def test_device_is_the_cpu_where_there_is_no_gpu(config, register, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = ("MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
+    call("--config-file", config, *register, *options)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["SOLVER.OPTIMIZER", "LION"], "SOLVER.OPTIMIZER is 'LION'"),
+        (["SOLVER.LR_SCHEDULER_NAME", "Nope"], "SOLVER is not possible: Unknown LR scheduler"),
+        (["SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "all"], "CLIP_TYPE is 'all'"),
+        (["SOLVER.IMS_PER_BATCH", 3, "SOLVER.ACCUMULATION_STEPS", 2], "IMS_PER_BATCH (3)"),
+        (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"], "float16 needs a GPU"),
+        (["DATALOADER.SAMPLER_TRAIN", "Nope"], "SAMPLER_TRAIN is 'Nope'"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
+        (["SOLVER.STEP_EPOCHS", "[1]"], "STEP_EPOCHS needs SOLVER.EPOCHS"),
+        (["OUTPUT_DIR", "/dev/null/out"], "OUTPUT_DIR '/dev/null/out' cannot be used"),
+    ],
+)
+def test_impossible_setting(config, register, overrides, expected):
+    assert expected in fail("--config-file", config, *register, *overrides)
+
+
+# Data
+
+
+def test_missing_annotation_file(config, tmp_path):
+    missing = tmp_path / "nothing.json"
+    message = fail("--config-file", config, "--register", f"train={missing}:{tmp_path}")
+    assert f"{missing} does not exist" in message
+
+
+def test_incomplete_register(config):
+    message = fail("--config-file", config, "--register", "train.json")
+    assert "NAME=annotations.json:image_dir" in message
+
+
+def test_unknown_data_set(config):
+    message = fail("--config-file", config, "DATASETS.TRAIN", "('nope',)")
+    assert "no data set named 'nope'" in message and "--register nope=" in message
+
+
+def test_data_set_without_objects(config, tmp_path):
+    json_file, images = write_rectangles(tmp_path / "empty", num_images=2)
+    content = json.loads(Path(json_file).read_text())
+    for change in ({"images": [], "annotations": []}, {"annotations": []}):
+        Path(json_file).write_text(json.dumps({**content, **change}))
+        message = fail("--config-file", config, "--register", f"train={json_file}:{images}")
+        assert json_file in message
+
+
+def test_train_and_val_with_other_classes(config, data, tmp_path):
+    categories = [*CATEGORIES, {"id": 9, "name": "grey"}]
+    other = write_rectangles(tmp_path / "other", 4, categories=categories)
+    message = fail(
+        *("--config-file", config, "--register", "train={}:{}".format(*data[0])),
+        *("--register", "val={}:{}".format(*other)),
+    )
+    assert "'train' has 3" in message and "'val' has 4" in message and "grey" in message
+
+
+@pytest.mark.parametrize("mode", [[], ["--eval-only"]])
+def test_number_of_classes_in_config_and_data(config, register, mode):
+    arguments = ("--config-file", config, *register, *mode, "MODEL.DETR.NUM_CLASSES", 5)
+    message = fail(*arguments)
+    assert "MODEL.DETR.NUM_CLASSES is 5" in message and "has 3 classes: set it to 3" in message
+
+
+def test_image_of_another_size(config, tmp_path):
+    json_file, images = write_rectangles(tmp_path / "resized", num_images=4)
+    for file in Path(images).iterdir():
+        Image.new("RGB", (10, 20)).save(file)
+    register = ("--register", f"train={json_file}:{images}", "DATASETS.TEST", "()")
+    assert "10x20 pixels, its data set says" in fail("--config-file", config, *register)
+
+
+def test_nothing_to_evaluate_on(config, register):
+    message = fail("--config-file", config, *register, "--eval-only", "DATASETS.TEST", "()")
+    assert "DATASETS.TEST is empty" in message
+
+
+# Weights
+
+
+@pytest.mark.parametrize("mode", [["--eval-only"], ["--eval-only", "--resume"]])
+def test_no_weights_to_evaluate(config, register, mode):
+    assert "MODEL.WEIGHTS is empty" in fail("--config-file", config, *register, *mode)
+
+
+@pytest.mark.parametrize("mode", [[], ["--eval-only"]])
+def test_missing_weights(config, register, tmp_path, mode):
+    path = tmp_path / "nothing.pth"
+    message = fail("--config-file", config, *register, *mode, "MODEL.WEIGHTS", path)
+    assert f"'{path}' does not exist" in message and "MODEL.WEIGHTS" in message
+
+
+def test_weights_of_another_model(config, register, tmp_path):
+    path = tmp_path / "other.pth"
+    torch.save({"model": {"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}}, path)
+    message = fail("--config-file", config, *register, "MODEL.WEIGHTS", path)
+    assert str(path) in message and "fc." in message
+
+
+def test_weights_of_other_classes(config, register, data, tmp_path):
+    """Five unnamed classes do not fit three; both numbers and the key are named."""
+    categories = [{"id": i, "name": f"other {i}"} for i in range(1, 6)]
+    other = write_rectangles(tmp_path / "other", categories=categories)
+    options = ("DATASETS.TEST", "()", "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path / "five")
+    call("--config-file", config, "--register", "train={}:{}".format(*other), *options)
+    state = torch.load(tmp_path / "five" / "model_final.pth")
+    torch.save({"model": state["model"]}, tmp_path / "unnamed.pth")
+    for mode in ([], ["--eval-only"]):
+        message = fail(
+            *("--config-file", config, *register, *mode),
+            *("MODEL.WEIGHTS", tmp_path / "unnamed.pth"),
+        )
+        assert "MODEL.DETR.NUM_CLASSES" in message and "5" in message and "3" in message
+
+
+def test_diverged(config, register):
+    options = ("SOLVER.BASE_LR", "1e20", "SOLVER.WARMUP_ITERS", 0)
+    message = fail("--config-file", config, *register, *options)
+    assert "Training stopped at iteration 1, learning rate 1e+20" in message
+
+
+# The script itself
+
+
+def test_script_is_importable_and_thin(monkeypatch):
+    """Importing it, as spawned processes do, starts nothing."""
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--no-such-argument"])
+    spec = importlib.util.spec_from_file_location("train_net_script", TRAIN_NET)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.train_or_evaluate is train_or_evaluate
+    assert "--register NAME=ANNOTATIONS.json:IMAGE_DIR" in argument_parser("x").format_help()
+
+
+def test_process_that_is_killed(monkeypatch):
+    """By the kernel for lack of memory, say."""
+
+    def launch(*arguments, **options):
+        message = "process 1 terminated with signal SIGKILL"
+        raise ProcessExitedException(message, 1, 4321, -9, "SIGKILL")
+
+    monkeypatch.setattr("detr_d2.engine.launch.launch", launch)
+    assert fail().startswith("error: process 1 terminated with signal SIGKILL (")
+
+
+def test_bug_in_another_process_keeps_its_traceback(monkeypatch, capsys):
+    traceback = "Traceback (most recent call last):\n  File x, line 1\nKeyError: 'a'"
+
+    def launch(*arguments, **options):
+        raise ProcessRaisedException(traceback, 0, 4321)
+
+    monkeypatch.setattr("detr_d2.engine.launch.launch", launch)
+    assert fail() == "error: KeyError: 'a'"
+    assert traceback in capsys.readouterr().err
+
+
+def test_messages_of_other_processes():
+    chain = (
+        "Caught UnreadableImageError in DataLoader worker process 0.\n"
+        "Original Traceback (most recent call last):\n  File x, line 1\n"
+        "PIL.UnidentifiedImageError: no image\n\nThe above exception was the direct cause of the "
+        "following exception:\n\nTraceback (most recent call last):\n  File y, line 2\n"
+        "detr_d2.data.dataset_mapper.UnreadableImageError: Cannot read a.png (UnidentifiedImage"
+        "Error: no image): restore it.\n"
+    )
+    expected = "Cannot read a.png (UnidentifiedImageError: no image): restore it."
+    assert message_for_users(chain) == expected
+    assert message_for_users(f"-- Process 1 terminated:\nTraceback: {chain}") == expected
+    head = "Traceback (most recent call last):\n  File x, line 1\n"
+    assert message_for_users(head + "KeyError: 'detr_d2.x'\n") == ""
+    assert message_for_users(head + "AssertionError\n") == ""
+    assert message_for_users("detr_d2.errors.UserError: no traceback") == ""
+    two_lines = head + "detr_d2.errors.UserError: yaml says:\n  line 3\n"
+    assert message_for_users(two_lines) == "yaml says: line 3"

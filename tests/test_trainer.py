@@ -1,0 +1,315 @@
+"""The step, accumulation, resuming, epochs and evaluation during training."""
+
+import logging
+import math
+import shutil
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from detectron2.modeling import build_model
+from torch import nn
+
+from detr_d2.data.loader import build_train_loader
+from detr_d2.engine import DetrTrainer, Precision, StepTrainer
+from detr_d2.engine.step import accumulate_gradients
+
+from .helpers import random_inputs, tiny_cfg
+from .training import read_metrics, registered_rectangles, training_cfg
+
+LOSSES = [f"loss_{kind}{layer}" for layer in ("_0", "_1", "") for kind in ("ce", "bbox", "giou")]
+
+
+@pytest.fixture(scope="module")
+def rectangles(tmp_path_factory):
+    with registered_rectangles(tmp_path_factory.mktemp("rectangles")) as name:
+        yield name
+
+
+@pytest.fixture
+def caplog(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+    caplog.set_level(logging.INFO, "detr_d2")
+    return caplog
+
+
+class Linear(nn.Module):
+    """Its gradient is `slope` (2), plus random numbers times `noise`."""
+
+    def __init__(self, slope=(30.0, 40.0), noise=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.slope = torch.tensor(slope)
+        self.noise = noise
+
+    def forward(self, batch, object_counts):
+        slope = self.slope + self.noise * torch.rand(2)
+        return {"loss_a": (self.weight * slope).sum()}
+
+
+def step_trainer(model, precision=None, **options):
+    """Plain SGD with a learning rate of 1 on an endless stream of empty images."""
+    dicts = [{"width": 1, "height": 1}] * 4
+
+    def build_loader(seed):
+        return build_train_loader(
+            dicts, mapper=lambda x: {"instances": []}, seed=seed, total_batch_size=2
+        )
+
+    return StepTrainer(
+        model,
+        build_loader,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        precision=precision or Precision("cpu"),
+        **options,
+    )
+
+
+# Gradient accumulation
+
+
+def gradients_of(model, inputs, images_per_batch):
+    model.zero_grad()
+    batches = [
+        inputs[start : start + images_per_batch]
+        for start in range(0, len(inputs), images_per_batch)
+    ]
+    losses = accumulate_gradients(model, batches, Precision("cpu"))
+    return {name: p.grad.clone() for name, p in model.named_parameters()}, losses
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 1, 2, 0, 0, 0, 0), (0,) * 8, (1, 2, 3, 4, 1, 7, 2, 1)])
+def test_accumulated_gradients_are_those_of_the_large_batch(counts):
+    """Without dropout and batch statistics, which look at what is computed together."""
+    torch.manual_seed(0)
+    cfg = tiny_cfg("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.DETR.DROPOUT", 0.0)
+    model = build_model(cfg).train()
+    inputs = random_inputs([(64, 64)] * 8, counts)
+    expected, expected_losses = gradients_of(model, inputs, 8)
+    for images_per_batch in (4, 2):
+        gradients, losses = gradients_of(model, inputs, images_per_batch)
+        assert sorted(losses) == sorted(LOSSES)
+        for name, loss in losses.items():
+            assert loss.item() == pytest.approx(expected_losses[name].item(), rel=1e-5)
+        largest = max(gradient.abs().max() for gradient in expected.values())
+        for name, gradient in gradients.items():
+            assert (gradient - expected[name]).abs().max() <= 1e-5 * largest, name
+
+
+def test_accumulating_trainer_takes_as_many_images_per_step(rectangles, tmp_path):
+    seen = []
+    cfg = training_cfg(rectangles, tmp_path, "SOLVER.ACCUMULATION_STEPS", 2)
+    trainer = DetrTrainer(cfg)
+    trainer.model.register_forward_pre_hook(
+        lambda module, arguments: seen.append([x["file_name"] for x in arguments[0]])
+    )
+    trainer.train()
+    assert [len(batch) for batch in seen] == [2] * 8  # four iterations of 2 x 2 images
+    large = build_train_loader(training_cfg(rectangles, tmp_path), cfg.SEED)
+    for i, batch in zip(range(4), large):  # noqa: B905, the stream is endless
+        assert [x["file_name"] for x in batch] == seen[2 * i] + seen[2 * i + 1]
+
+
+# One step
+
+
+def test_clipping_by_the_norm_of_all_gradients():
+    """The gradient (30, 40) has the norm 50."""
+    trainer = step_trainer(Linear(), max_gradient_norm=0.1)
+    trainer.train(0, 1)
+    assert trainer.model.weight.tolist() == pytest.approx([-0.06, -0.08])
+    assert trainer.storage.latest()["gradient_norm"] == (pytest.approx(50.0), 0)
+
+
+def test_without_clipping():
+    trainer = step_trainer(Linear())
+    trainer.train(0, 2)
+    assert trainer.model.weight.tolist() == [-60.0, -80.0]
+
+
+def test_small_gradients_are_not_scaled_up():
+    trainer = step_trainer(Linear(slope=(0.03, 0.04)), max_gradient_norm=0.1)
+    trainer.train(0, 1)
+    assert trainer.model.weight.tolist() == pytest.approx([-0.03, -0.04])
+
+
+def test_clipping_sees_unscaled_gradients():
+    """float16's gradient scaling, which also exists for CPUs: the result is that without it."""
+    precision = Precision("cpu")
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    trainer = step_trainer(Linear(), precision, max_gradient_norm=0.1)
+    trainer.train(0, 1)
+    assert trainer.model.weight.tolist() == pytest.approx([-0.06, -0.08])
+
+
+def test_overflow_of_float16_skips_the_step():
+    precision = Precision("cpu")
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
+    trainer = step_trainer(Linear(), precision, max_gradient_norm=0.1)
+    trainer.train(0, 1)
+    assert trainer.model.weight.tolist() == [0.0, 0.0]
+    assert precision.scaler.get_scale() == pytest.approx(1.5e38)
+
+
+def test_random_numbers_of_a_step_depend_on_seed_and_iteration():
+    def weight_after(seed, *spans):
+        trainer = step_trainer(Linear(noise=1.0), seed=seed)
+        for start, stop in spans:
+            torch.manual_seed(start)
+            trainer.train(start, stop)
+        return trainer.model.weight.tolist()
+
+    expected = weight_after(3, (0, 5))
+    assert weight_after(3, (0, 2), (2, 5)) == expected
+    assert weight_after(4, (0, 5)) != expected
+    assert weight_after(3, (0, 2), (0, 3)) != expected
+
+
+def test_gradient_scaler_is_restored():
+    def scaled_trainer(scale=None):
+        precision = Precision("cpu")
+        if scale is not None:
+            precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return step_trainer(Linear(), precision)
+
+    state = scaled_trainer(64.0).state_dict()
+    resumed = scaled_trainer(2.0)
+    resumed.load_state_dict(state)
+    assert resumed.precision.scaler.get_scale() == 64.0
+    # Mixed precision switched on or off in between.
+    resumed = scaled_trainer(2.0)
+    resumed.load_state_dict(scaled_trainer().state_dict())
+    assert resumed.precision.scaler.get_scale() == 2.0
+    resumed = scaled_trainer()
+    resumed.load_state_dict(state)
+    assert not resumed.precision.scaler.is_enabled()
+
+
+# What is logged
+
+
+def test_losses_and_diagnostics_are_logged(rectangles, tmp_path):
+    trainer = DetrTrainer(training_cfg(rectangles, tmp_path))
+    trainer.train()
+    latest = {name: value for name, (value, _) in trainer.storage.latest().items()}
+    assert sorted(name for name in latest if name.startswith("loss_")) == sorted(LOSSES)
+    total = sum(latest[name] for name in LOSSES)
+    assert latest["total_loss"] == pytest.approx(total, rel=1e-9)
+    [first, last] = read_metrics(tmp_path)
+    assert first["iteration"] == 0 and 0 <= first["class_error"] <= 100
+    assert first["cardinality_error"] >= 0
+    assert last["iteration"] == 3 and set(LOSSES) < set(last)
+    assert math.isfinite(last["gradient_norm"])
+
+
+def test_recipe_is_logged_once(rectangles, tmp_path, caplog):
+    options = ("SOLVER.ACCUMULATION_STEPS", 2, "SOLVER.STEPS", (3,))
+    options += ("SOLVER.BACKBONE_MULTIPLIER", 0.1, "SOLVER.BASE_LR", 0.002)
+    DetrTrainer(training_cfg(rectangles, tmp_path, *options)).train()
+    [recipe] = [text for text in caplog.messages if text.startswith("Images per optimizer step")]
+    assert recipe == (
+        "Images per optimizer step: 4 = 1 process(es) x 2 batch(es) x 2 image(s). ADAMW, learning "
+        "rate 0.002, backbone 0.0002, times 0.1 at iteration 3; 4 iterations, float32."
+    )
+
+
+def test_learning_rate_drops_and_warms_up(rectangles, tmp_path):
+    """Warm-up over 2 iterations from a thousandth, linear; a tenth from iteration 3 on."""
+    rates = []
+
+    class Record(HookBase):
+        def before_step(self):
+            rates.append(self.trainer.optimizer.param_groups[0]["lr"])
+
+    options = ("SOLVER.BASE_LR", 1e-3, "SOLVER.STEPS", (3,), "SOLVER.WARMUP_FACTOR", 0.001)
+    trainer = DetrTrainer(training_cfg(rectangles, tmp_path, *options))
+    trainer.register_hooks([Record()])
+    trainer.train()
+    assert rates == pytest.approx([1e-6, 0.5005e-3, 1e-3, 1e-4])
+
+
+# Epochs and evaluation
+
+
+def test_length_in_epochs(rectangles, tmp_path):
+    """12 images in batches of 4: 3 iterations per epoch."""
+    options = ("SOLVER.EPOCHS", 2.0, "SOLVER.STEP_EPOCHS", [1], "SOLVER.WARMUP_ITERS", 0)
+    trainer = DetrTrainer(training_cfg(rectangles, tmp_path, *options))
+    assert (trainer.max_iter, tuple(trainer.cfg.SOLVER.STEPS)) == (6, (3,))
+    trainer.train()
+    assert trainer.iter == 6
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.0003)
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def test_evaluation_during_training(rectangles, tmp_path):
+    options = ("DATASETS.TEST", (rectangles,), "TEST.EVAL_PERIOD", 2)
+    trainer = DetrTrainer(training_cfg(rectangles, tmp_path, *options))
+    trainer.train()
+    evaluated = [line for line in read_metrics(tmp_path) if "bbox/AP" in line]
+    assert [line["iteration"] for line in evaluated] == [1, 4]  # the last one after the training
+    assert all(0 <= line["bbox/AP"] <= 100 for line in evaluated)
+    assert {"bbox/AP50", "bbox/AP-red", "bbox/AP-green", "bbox/AP-blue"} < set(evaluated[-1])
+    assert trainer.model.training
+
+
+def test_evaluation_changes_nothing(rectangles, tmp_path):
+    def final_weights(folder, *options):
+        trainer = DetrTrainer(training_cfg(rectangles, tmp_path / folder, *options))
+        torch.manual_seed(0)
+        for parameter in trainer.model.parameters():
+            nn.init.normal_(parameter, std=0.05)
+        trainer.train()
+        return trainer.model.state_dict()
+
+    options = ("DATASETS.TEST", (rectangles,), "TEST.EVAL_PERIOD", 1)
+    assert_equal(final_weights("a"), final_weights("b", *options))
+
+
+# Resuming
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.mark.parametrize("seed", [7, -1])
+def test_resumed_training_ends_as_the_uninterrupted_one(rectangles, tmp_path, seed):
+    """With a seed of -1 the one drawn at the start is in the checkpoint."""
+    options = ("SEED", seed, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2)
+    options += ("SOLVER.ACCUMULATION_STEPS", 2, "DATALOADER.NUM_WORKERS", 1)
+    options += ("SOLVER.STEPS", (3,))
+    whole = DetrTrainer(training_cfg(rectangles, tmp_path / "whole", *options))
+    whole.train()
+
+    (tmp_path / "rest").mkdir()
+    shutil.copy(tmp_path / "whole" / "model_0000001.pth", tmp_path / "rest")
+    (tmp_path / "rest" / "last_checkpoint").write_text("model_0000001.pth")
+    rest = DetrTrainer(training_cfg(rectangles, tmp_path / "rest", *options))
+    rest.resume_or_load(resume=True)
+    assert (rest.start_iter, rest.seed) == (2, whole.seed)
+    rest.train()
+
+    assert_equal(rest.model.state_dict(), whole.model.state_dict())
+    assert rest.storage.latest()["total_loss"] == whole.storage.latest()["total_loss"]
+    moments = [t.optimizer.state_dict()["state"][0]["exp_avg"] for t in (rest, whole)]
+    assert torch.equal(*moments)
+
+
+def test_resuming_a_finished_training(rectangles, tmp_path):
+    cfg = training_cfg(rectangles, tmp_path)
+    DetrTrainer(cfg).train()
+    before = torch.load(tmp_path / "model_final.pth")["model"]
+    trainer = DetrTrainer(cfg)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 4
+    trainer.train()
+    assert_equal(trainer.model.state_dict(), before)
+
+
+def test_resume_without_checkpoint_starts(rectangles, tmp_path):
+    trainer = DetrTrainer(training_cfg(rectangles, tmp_path))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 0
