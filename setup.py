@@ -44,6 +44,9 @@ setup(
         "iopath>=0.1.9",
         "safetensors>=0.4.1",
         "tabulate>=0.9",
+        "matplotlib>=3.5",
+        "tqdm>=4.60",
+        "PyYAML>=5.4",
     ],
     extras_require={**EXTRAS, "all": sorted(sum(EXTRAS.values(), []))},
 )

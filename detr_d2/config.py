@@ -97,8 +97,8 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     # "auto": float16 on CUDA as in detectron2, bfloat16 elsewhere.
     cfg.SOLVER.AMP.DTYPE = "auto"
     # Length of the training in epochs instead of SOLVER.MAX_ITER, and where the learning rate
-    # drops instead of SOLVER.STEPS. 0 and []: iterations count.
-    cfg.SOLVER.EPOCHS = 0
+    # drops instead of SOLVER.STEPS. None and []: iterations count.
+    cfg.SOLVER.EPOCHS = None
     cfg.SOLVER.STEP_EPOCHS = []
     # Evaluation every so many epochs instead of TEST.EVAL_PERIOD iterations.
-    cfg.TEST.EVAL_EPOCHS = 0
+    cfg.TEST.EVAL_EPOCHS = None

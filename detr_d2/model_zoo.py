@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
+from omegaconf import DictConfig
 from torch import nn
 
 from .checkpoint import load_weights
@@ -55,20 +56,35 @@ def get_checkpoint_url(config_path: str) -> str:
     Raises:
         UserError: no weights are published for it.
     """
-    name = config_path.removesuffix(".yaml")
+    name = config_path.removesuffix(".yaml").removesuffix(".py")
     if name not in CHECKPOINTS:
         raise UserError(f"The model zoo has no trained weights for {config_path!r}.")
     checkpoint = CHECKPOINTS[name]
     return checkpoint if "://" in checkpoint else str(config_folder() / checkpoint)
 
 
-def get_config(config_path: str, trained: bool = False) -> CfgNode:
-    """Config of a model.
+def trained_weights(config_file: str) -> str | None:
+    """URL or path of the weights trained with a config file of the zoo; None for other files."""
+    path = Path(config_file).resolve()
+    if not path.is_relative_to(config_folder().resolve()):
+        return None
+    name = path.relative_to(config_folder().resolve()).as_posix()
+    return get_checkpoint_url(name) if name.removesuffix(".yaml") in CHECKPOINTS else None
+
+
+def get_config(config_path: str, trained: bool = False) -> CfgNode | DictConfig:
+    """Config of a model: a CfgNode from `.yaml`, a LazyConfig from `.py`.
 
     Args:
         config_path: see `get_config_file`.
-        trained: set `MODEL.WEIGHTS` to the trained weights instead of those training starts from.
+        trained: set `MODEL.WEIGHTS` (`train.init_checkpoint`) to the trained weights instead of
+            those training starts from.
     """
+    if config_path.endswith(".py"):
+        lazy = LazyConfig.load(get_config_file(config_path))
+        if trained:
+            lazy.train.init_checkpoint = get_checkpoint_url(config_path)
+        return lazy
     cfg = get_detr_cfg()
     cfg.merge_from_file(get_config_file(config_path))
     if trained:
@@ -86,10 +102,14 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
     cfg = get_config(config_path, trained)
     if device is None and not torch.cuda.is_available():
         device = "cpu"
-    if device is not None:
-        cfg.MODEL.DEVICE = device
-    model = build_model(cfg)
-    if cfg.MODEL.WEIGHTS:
-        classes = classes_of([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1])
-        load_weights(model, cfg.MODEL.WEIGHTS, classes)
+    if isinstance(cfg, CfgNode):
+        if device is not None:
+            cfg.MODEL.DEVICE = device
+        model, weights = build_model(cfg), cfg.MODEL.WEIGHTS
+        names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1]
+    else:
+        model = instantiate(cfg.model).to(device or cfg.train.device)
+        weights, names = cfg.train.init_checkpoint, list(cfg.dataloader.train.dataset.names)[:1]
+    if weights:
+        load_weights(model, weights, classes_of(names))
     return model

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -72,6 +71,3 @@ class Assignment(NamedTuple):
     """(P,) int64"""
     objects: Tensor
     """(P,) int64"""
-
-    def to(self, device: torch.device) -> Assignment:
-        return Assignment(*(t.to(device, non_blocking=True) for t in self))

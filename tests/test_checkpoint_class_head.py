@@ -111,6 +111,12 @@ def test_same_classes_in_another_order_are_reordered():
     assert not report.exact
 
 
+def test_as_many_classes_of_which_some_are_new_map_by_name():
+    rows, report = fit(head(4), head(4, 1000), ["a", "b", "c"], ["b", "a", "d"])
+    assert rows == [1, 0, 1002, 3]
+    assert report.new_classes == 1
+
+
 def test_as_many_other_classes_are_loaded_unchanged_with_a_warning():
     rows, report = fit(head(3), head(3, 1000), ["a", "b"], ["c", "d"])
     assert rows == [0, 1, 2]

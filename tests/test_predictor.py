@@ -94,3 +94,19 @@ def test_metadata_is_that_of_the_data_set(cfg):
 def test_missing_weights(cfg, tmp_path):
     with pytest.raises(UserError, match="nothing.pth.*does not exist"):
         DetrPredictor(with_weights(cfg, tmp_path / "nothing.pth"))
+
+
+def test_own_weights_need_no_registered_data_set(cfg, tmp_path):
+    """As on the machine a model is used on: only the config and the checkpoint are there."""
+    from detr_d2.checkpoint import DetrCheckpointer
+
+    model = DetrPredictor(cfg).model
+    names = [f"class {i}" for i in range(cfg.MODEL.DETR.NUM_CLASSES)]
+    DetrCheckpointer(model, str(tmp_path), class_names=names).save("model")
+    bare = with_weights(cfg, tmp_path / "model.pth")
+    bare.DATASETS.TRAIN, bare.DATASETS.TEST = ("nowhere_train",), ("nowhere_val",)
+    bare.MODEL.DETR.NUM_CLASSES = 0
+    predictor = DetrPredictor(bare)
+    assert predictor.metadata.thing_classes == names
+    head = predictor.model.transformer.decoder.heads[0].class_head.weight
+    assert torch.equal(head, model.transformer.decoder.heads[0].class_head.weight)

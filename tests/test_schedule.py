@@ -23,8 +23,8 @@ def test_epochs_become_iterations():
     assert resolved.SOLVER.MAX_ITER == 625
     assert tuple(resolved.SOLVER.STEPS) == (375, 500)
     assert resolved.TEST.EVAL_PERIOD == 31
-    assert (resolved.SOLVER.EPOCHS, resolved.SOLVER.STEP_EPOCHS) == (0.0, [])
-    assert resolved.TEST.EVAL_EPOCHS == 0.0
+    assert (resolved.SOLVER.EPOCHS, resolved.SOLVER.STEP_EPOCHS) == (None, [])
+    assert resolved.TEST.EVAL_EPOCHS is None
     assert resolved.is_frozen()
     assert cfg.SOLVER.EPOCHS == 10.0  # the given config stays as it is
     assert resolve_epochs(resolved, num_images=7) == resolved

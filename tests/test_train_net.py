@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from PIL import Image
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from detr_d2 import model_zoo
 from detr_d2.engine.launch import argument_parser, message_for_users, run
-from detr_d2.engine.main import train_or_evaluate
+from detr_d2.engine.main import load_config, train_or_evaluate
+from detr_d2.errors import UserError
 
 from .training import (
     CATEGORIES,
@@ -25,6 +28,8 @@ from .training import (
     unregistering,
     write_rectangles,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -385,3 +390,35 @@ def test_messages_of_other_processes():
     assert message_for_users("detr_d2.errors.UserError: no traceback") == ""
     two_lines = head + "detr_d2.errors.UserError: yaml says:\n  line 3\n"
     assert message_for_users(two_lines) == "yaml says: line 3"
+
+
+# Iterations and epochs
+
+
+def test_iterations_on_the_command_line_come_before_epochs_of_the_file():
+    base = str(ROOT / "configs" / "Base-DETR.yaml")
+    assert load_config(base, []).SOLVER.EPOCHS == 500
+    assert load_config(base, ["SOLVER.EPOCHS", "12"]).SOLVER.EPOCHS == 12
+    cfg = load_config(base, ["SOLVER.MAX_ITER", "100", "TEST.EVAL_PERIOD", "10"])
+    assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.TEST.EVAL_EPOCHS) == (None, [], None)
+    with pytest.raises(UserError, match="SOLVER.STEPS counts iterations, but SOLVER.EPOCHS is 500"):
+        load_config(base, ["SOLVER.STEPS", "(10,)"])
+
+
+def test_evaluation_takes_the_trained_weights_of_the_zoo():
+    """`--eval-only --config-file configs/COCO-Detection/…` is all one has to type."""
+    tiny = ROOT / "configs" / "DigitScenes" / "detr_tiny.yaml"
+    assert model_zoo.trained_weights(str(tiny)).endswith("detr_tiny.safetensors")
+    official = model_zoo.trained_weights(str(ROOT / "configs/COCO-Detection/detr_R_50_500ep.yaml"))
+    assert official.startswith("https://")
+    assert model_zoo.trained_weights(str(ROOT / "configs" / "Base-DETR.yaml")) is None
+    assert model_zoo.trained_weights("elsewhere/detr_tiny.yaml") is None
+
+
+def test_a_backbone_is_not_evaluated(config, register, tmp_path):
+    cfg = load_config(str(config), ["MODEL.DETR.NUM_CLASSES", "3"])
+    state = build_model(cfg).backbone.state_dict()
+    path = tmp_path / "backbone.pth"
+    torch.save({"model": {f"backbone.{name}": tensor for name, tensor in state.items()}}, path)
+    message = fail("--config-file", config, *register, "--eval-only", "MODEL.WEIGHTS", path)
+    assert "backbone without a trained transformer" in message

@@ -140,15 +140,14 @@ def fit_checkpoint(
     report = LoadReport(title, ignored=unknown)
     state: StateDict = {}
     differing = {}
+    class_heads = {}
     for name, tensor in found.items():
         if name not in model_state:
             report.ignored.append(name)
             continue
         same_width = tensor.shape[1:] == model_state[name].shape[1:]
         if same_width and name.endswith(("class_head.weight", "class_head.bias")):
-            names = (checkpoint.get("class_names"), class_names)
-            rows = _class_rows(path, len(tensor), len(model_state[name]), names, new_class_head)
-            state[name] = _fit_classes(name, tensor, model_state[name], rows, report)
+            class_heads[name] = tensor
         elif tensor.shape == model_state[name].shape:
             state[name] = tensor
         elif same_width and ".queries." in name:
@@ -157,6 +156,10 @@ def fit_checkpoint(
             differing[name] = (tuple(tensor.shape), tuple(model_state[name].shape))
     _refuse_another_shape(differing, state, path)
     _refuse_another_model(found, strange, model_state, path, title)
+    names = (checkpoint.get("class_names"), class_names)
+    for name, tensor in class_heads.items():
+        rows = _class_rows(path, len(tensor), len(model_state[name]), names, new_class_head)
+        state[name] = _fit_classes(name, tensor, model_state[name], rows, report)
     if differing:
         report.notes.append("Left at their INITIAL value for their shape: " + abbreviate(differing))
     report.loaded = list(state)

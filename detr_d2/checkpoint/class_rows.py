@@ -77,7 +77,7 @@ def match_rows(
 
     if source == target and (ours is None or theirs is None):
         return None, ""
-    if source == target and matched < wanted:
+    if source == target and not matched and wanted:
         return None, (
             "Class head loaded unchanged although its classes have other names: "
             f"{_sample(theirs)} in the checkpoint, {_sample(ours)} in the model's data set."

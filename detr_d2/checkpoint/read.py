@@ -198,8 +198,11 @@ def _huggingface_metadata(directory: str) -> dict[str, Any]:
     file = os.path.join(directory, "config.json")
     if not os.path.isfile(file):
         return {}
-    config = _read_json(file)
-    labels = config.get("id2label") if "d_model" in config else None
+    try:
+        config = _read_json(file)
+    except UserError:
+        return {}
+    labels = config.get("id2label") if isinstance(config, dict) and "d_model" in config else None
     if not labels:
         return {}
     return {"class_names": [labels.get(str(index), "N/A") for index in range(len(labels))]}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode
 
 from ..errors import UserError
-from .register import check_same_classes, classes_of
+from .register import classes_of
 
 
 def resolve_num_classes(cfg: CfgNode) -> int:
@@ -16,27 +18,47 @@ def resolve_num_classes(cfg: CfgNode) -> int:
     """
     if cfg.MODEL.DETR.NUM_CLASSES > 0:
         return cfg.MODEL.DETR.NUM_CLASSES
-    classes = classes_of([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1])
-    if not classes:
-        raise UserError(
-            "MODEL.DETR.NUM_CLASSES is 0 (as many as the data set has), but DATASETS.TRAIN and "
-            "DATASETS.TEST name no data set with classes: set the key to your number of classes."
-        )
-    return len(classes)
+    return compare_num_classes(0, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1])
 
 
-def check_num_classes(cfg: CfgNode) -> None:
-    """Compares the config with its data sets, before anything is built.
+def settle_num_classes(cfg: CfgNode, dataset_names: Sequence[str]) -> CfgNode:
+    """The config with `MODEL.DETR.NUM_CLASSES` filled in, so that what is saved says it.
+
+    Args:
+        dataset_names: the data sets that will be used; they must agree with each other and with
+            the config.
 
     Raises:
-        UserError: two data sets, or a data set and the config, disagree.
+        UserError: they do not, or nothing says how many classes there are.
     """
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    check_same_classes(names)
-    classes = classes_of(names[:1])
-    configured = cfg.MODEL.DETR.NUM_CLASSES
+    settled = cfg.clone()
+    settled.defrost()
+    settled.MODEL.DETR.NUM_CLASSES = compare_num_classes(cfg.MODEL.DETR.NUM_CLASSES, dataset_names)
+    if cfg.is_frozen():
+        settled.freeze()
+    return settled
+
+
+def compare_num_classes(
+    configured: int, dataset_names: Sequence[str], key: str = "MODEL.DETR.NUM_CLASSES"
+) -> int:
+    """The number of classes that config and data sets agree on.
+
+    Args:
+        configured: what the config says under `key`; 0 leaves it to the data sets.
+
+    Raises:
+        UserError: two data sets, or a data set and the config, disagree; or nothing tells.
+    """
+    classes = classes_of(dataset_names)
     if classes and configured and configured != len(classes):
         raise UserError(
-            f"MODEL.DETR.NUM_CLASSES is {configured}, but the data set {names[0]!r} has "
-            f"{len(classes)} classes: set it to {len(classes)}, or to 0 to take the data set's."
+            f"{key} is {configured}, but the data set {dataset_names[0]!r} has {len(classes)} "
+            f"classes: set it to {len(classes)}, or to 0 to take the data set's."
         )
+    if not classes and not configured:
+        raise UserError(
+            f"{key} is 0 (as many as the data set has), but DATASETS.TRAIN and DATASETS.TEST name "
+            "no data set with classes: set the key to your number of classes."
+        )
+    return configured or len(classes)

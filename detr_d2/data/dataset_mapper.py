@@ -191,9 +191,9 @@ class DetrDatasetMapper:
         # Reversed channels and flips are views with negative strides, which torch does not take.
         channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
         output["image"] = torch.from_numpy(channels_first)
-        if self.is_train and "annotations" in dataset_dict:
+        if self.is_train:
             output["instances"] = self._instances(
-                {**output, "annotations": dataset_dict["annotations"]},
+                {**output, "annotations": dataset_dict.get("annotations", [])},
                 transforms,
                 augmented.image.shape[:2],
             )

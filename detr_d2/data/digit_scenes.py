@@ -379,7 +379,7 @@ def register_digit_scenes(root: str | None = None) -> None:
     def load(split: str) -> list[dict]:
         generate_digit_scenes(folder, NUM_TRAIN, NUM_VAL)
         json_file, image_root = os.path.join(folder, f"{split}.json"), os.path.join(folder, split)
-        return load_coco_json(json_file, image_root, f"digit_scenes_{split}")
+        return load_coco_json(json_file, image_root, f"digit_scenes_{split}", ["id"])
 
     for split in SPLITS:
         name = f"digit_scenes_{split}"

@@ -60,7 +60,7 @@ class SeededDataset(Dataset):
         with torch.random.fork_rng(devices=[]):
             random.seed(seed)
             np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPU
             try:
                 for _ in range(100):
                     mapped = self.mapper(self.dataset[index])

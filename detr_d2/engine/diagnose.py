@@ -30,7 +30,7 @@ def explain_non_finite(
         DivergedError: naming iteration, learning rate, the first module whose output is not
             finite, and the images of the step.
     """
-    learning_rate = trainer.optimizer.param_groups[0]["lr"]
+    learning_rate = max(group["lr"] for group in trainer.optimizer.param_groups)
     module = find_non_finite_module(trainer.model, batches, trainer.precision)
     process = f" in process {comm.get_rank()}" if comm.get_world_size() > 1 else ""
     images = ", ".join(str(x.get("file_name", "?")) for batch in batches for x in batch)

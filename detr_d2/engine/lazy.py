@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import weakref
 from functools import partial
@@ -14,11 +15,15 @@ from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from hydra.errors import OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from ..checkpoint import DetrCheckpointer
 from ..data import classes_of, parse_register_argument, register_coco_dataset
+from ..data.classes import compare_num_classes
 from ..errors import UserError
+from .main import refuse_untrained, shorten_user_error
 from .precision import Precision
 from .step import StepTrainer
 
@@ -35,8 +40,10 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
     cfg = setup(args)
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
-        checkpointer = build_checkpointer(cfg, model)
+        checkpointer = build_checkpointer(cfg, model, LazyConfig.to_py(cfg))
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        weights = cfg.train.init_checkpoint
+        refuse_untrained(checkpointer.report, weights, "train.init_checkpoint")
         return evaluate(cfg, model)
     return train(cfg, model, args.resume)
 
@@ -45,18 +52,26 @@ def setup(args: argparse.Namespace) -> Any:
     """The config of a command line; starts logging and registers `--register`ed data."""
     if not os.path.isfile(args.config_file):
         raise UserError(f"--config-file {args.config_file!r} does not exist.")
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    try:
+        cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    except (AssertionError, OverrideParseException, OmegaConfBaseException) as error:
+        raise UserError(f"{args.config_file} with {' '.join(args.opts)}: {error}") from error
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
         cfg.train.device = "cpu"
     default_setup(cfg, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detr_d2")
+    logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     for argument in args.register:
         register_coco_dataset(*parse_register_argument(argument))
+    names = [] if args.eval_only else list(cfg.dataloader.train.dataset.names)
+    names.append(cfg.dataloader.evaluator.dataset_name)
+    compare_num_classes(cfg.model.criterion.num_classes, names, "model.criterion.num_classes")
     return cfg
 
 
 def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
     """Trains `model`, from `train.init_checkpoint` or where the last training stopped."""
+    config = LazyConfig.to_py(cfg)  # before the model itself becomes a part of it
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     trainer = StepTrainer(
@@ -69,7 +84,7 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
         seed=cfg.train.seed,
     )
     checkpointer = build_checkpointer(
-        cfg, model, trainer=weakref.proxy(trainer), optimizer=optimizer
+        cfg, model, config, trainer=weakref.proxy(trainer), optimizer=optimizer
     )
     results: dict = {}
 
@@ -111,13 +126,15 @@ def build_loader(cfg: Any, seed: int) -> Any:
     return instantiate(cfg.dataloader.train)
 
 
-def build_checkpointer(cfg: Any, model: nn.Module, **checkpointables: Any) -> DetrCheckpointer:
+def build_checkpointer(
+    cfg: Any, model: nn.Module, config: str, **checkpointables: Any
+) -> DetrCheckpointer:
     """Checkpointer that saves class names and config along with the weights."""
     classes = classes_of(list(cfg.dataloader.train.dataset.names)[:1])
     return DetrCheckpointer(
         model,
         cfg.train.output_dir,
         class_names=classes,
-        config=LazyConfig.to_py(cfg),
+        config=config,
         **checkpointables,
     )

@@ -15,10 +15,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from yaml import YAMLError
 
+from ..checkpoint import LoadReport
 from ..config import get_detr_cfg
 from ..data import parse_register_argument, register_coco_dataset
-from ..data.classes import check_num_classes
+from ..data.classes import settle_num_classes
 from ..errors import UserError
+from ..model_zoo import trained_weights
 from .launch import one_line
 from .trainer import DetrTrainer, build_checkpointer
 
@@ -43,15 +45,20 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
 def setup(args: argparse.Namespace) -> CfgNode:
     """Starts logging, registers `--register`ed data; the command line's config, checked, frozen."""
     cfg = load_config(args.config_file, args.opts)
-    cfg.freeze()
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name at least one data set to evaluate on.")
+    if args.eval_only and "MODEL.WEIGHTS" not in args.opts[::2]:
+        cfg.MODEL.WEIGHTS = trained_weights(args.config_file) or cfg.MODEL.WEIGHTS
     try:
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_d2")
+        register_datasets(cfg, args.register)
+        training_names = () if args.eval_only else cfg.DATASETS.TRAIN
+        cfg = settle_num_classes(cfg, [*training_names, *cfg.DATASETS.TEST])
+        cfg.freeze()
         default_setup(cfg, args)
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be used: {error}.") from error
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_d2")
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
-    register_datasets(cfg, args.register)
-    check_num_classes(cfg)
     return cfg
 
 
@@ -88,7 +95,25 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     check_names(cfg)
+    prefer_iterations(cfg, overrides[::2])
     return cfg
+
+
+def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:
+    """Iterations given on the command line come before epochs from the file.
+
+    Raises:
+        UserError: the length is in epochs, and the drops of the learning rate in iterations.
+    """
+    if "SOLVER.MAX_ITER" in overridden and "SOLVER.EPOCHS" not in overridden:
+        cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS = None, []
+    if "TEST.EVAL_PERIOD" in overridden and "TEST.EVAL_EPOCHS" not in overridden:
+        cfg.TEST.EVAL_EPOCHS = None
+    if "SOLVER.STEPS" in overridden and cfg.SOLVER.EPOCHS:
+        raise UserError(
+            f"SOLVER.STEPS counts iterations, but SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}: give "
+            "SOLVER.STEP_EPOCHS, or SOLVER.MAX_ITER as well."
+        )
 
 
 def check_names(cfg: CfgNode) -> None:
@@ -106,10 +131,32 @@ def check_names(cfg: CfgNode) -> None:
         raise UserError(
             f"MODEL.BACKBONE.NAME is {cfg.MODEL.BACKBONE.NAME!r}; it must be one of {names}."
         )
+    if cfg.MODEL.DEVICE == "cpu" and comm.get_world_size() > 1 and torch.cuda.is_available():
+        raise UserError(
+            "MODEL.DEVICE is cpu, but detectron2 connects several processes for the GPUs it sees: "
+            "hide them with the environment variable CUDA_VISIBLE_DEVICES=''."
+        )
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
         raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: {error}") from error
+
+
+def refuse_untrained(report: LoadReport | None, weights: str, key: str) -> None:
+    """
+    Raises:
+        UserError: evaluating what was loaded would measure initial values.
+    """
+    if report is None or report.transformer_untrained:
+        raise UserError(
+            f"{weights!r} is a backbone without a trained transformer: name the weights of a "
+            f"trained detector in {key}, or train first."
+        )
+    if report.new_classes:
+        raise UserError(
+            f"{report.new_classes} of the model's classes were never trained in {weights!r}: name "
+            f"other weights in {key}, evaluate on a data set with their classes, or train first."
+        )
 
 
 def shorten_user_error(record: logging.LogRecord) -> bool:
@@ -123,21 +170,14 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
     """Evaluates `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`.
 
     Raises:
-        UserError: nothing to evaluate on, or weights that cannot be used.
+        UserError: weights that cannot be used.
     """
-    if not cfg.DATASETS.TEST:
-        raise UserError("DATASETS.TEST is empty: name at least one data set to evaluate on.")
     model = DetrTrainer.build_model(cfg)
-    checkpointer = build_checkpointer(cfg, model)
+    checkpointer = build_checkpointer(cfg, model, cfg.DATASETS.TEST)
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to evaluate.")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    if checkpointer.report and checkpointer.report.new_classes:
-        raise UserError(
-            f"{checkpointer.report.new_classes} of the {len(checkpointer.class_names)} classes of "
-            f"{cfg.DATASETS.TEST[0]!r} were never trained in {cfg.MODEL.WEIGHTS!r}: name other "
-            "weights in MODEL.WEIGHTS or a data set with their classes in DATASETS.TEST, or train."
-        )
+    refuse_untrained(checkpointer.report, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     results = DetrTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

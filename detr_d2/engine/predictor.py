@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+from ..checkpoint import load_weights, read_checkpoint
+from ..data import classes_of
+from ..data.classes import compare_num_classes
 from ..data.dataset_mapper import build_augmentation
-from .trainer import build_checkpointer
 
 
 class DetrPredictor(DefaultPredictor):
     """`DefaultPredictor` whose `MODEL.WEIGHTS` may be of any format that this package knows.
 
-    detectron2's own works too, with this package's `.pth` files; its checkpointer knows no other
-    format and unpickles `.pkl` files without restriction. Called with an image (H, W, 3), uint8,
-    BGR as OpenCV reads it, it returns {"instances": Instances} at the image's size.
+    The data sets need not be registered: checkpoints of this package tell their classes. Called
+    with an image (H, W, 3), uint8, BGR as OpenCV reads it, it returns {"instances": Instances} at
+    the image's size. (detectron2's own predictor works with this package's `.pth` files; its
+    checkpointer knows no other format and unpickles `.pkl` files without restriction.)
     """
 
     def __init__(self, cfg: CfgNode):
+        """
+        Raises:
+            UserError: weights that cannot be used, or nothing tells the number of classes.
+        """
         self.cfg = cfg.clone()
-        self.model = build_model(self.cfg).eval()
-        names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+        self.cfg.defrost()
+        names = [n for n in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN] if n in DatasetCatalog][:1]
         if names:
+            classes = classes_of(names)
             self.metadata = MetadataCatalog.get(names[0])
-        build_checkpointer(cfg, self.model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+        else:
+            classes = read_checkpoint(cfg.MODEL.WEIGHTS).get("class_names")
+            self.metadata = Metadata(thing_classes=classes)
+        if not cfg.MODEL.DETR.NUM_CLASSES:
+            num_classes = len(classes) if classes else compare_num_classes(0, [])
+            self.cfg.MODEL.DETR.NUM_CLASSES = num_classes
+        self.model = build_model(self.cfg).eval()
+        if cfg.MODEL.WEIGHTS:
+            load_weights(self.model, cfg.MODEL.WEIGHTS, classes)
         [self.aug] = build_augmentation(
             False, min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST
         )

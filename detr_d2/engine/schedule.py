@@ -11,15 +11,15 @@ def resolve_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
     """The config with epochs turned into iterations over `num_images` training images.
 
     `SOLVER.EPOCHS` becomes `SOLVER.MAX_ITER`, `SOLVER.STEP_EPOCHS` becomes `SOLVER.STEPS` and
-    `TEST.EVAL_EPOCHS` becomes `TEST.EVAL_PERIOD`; the epoch keys go back to 0, so the result
-    says each thing once.
+    `TEST.EVAL_EPOCHS` becomes `TEST.EVAL_PERIOD`; the epoch keys go back to their defaults, so
+    the result says each thing once.
 
     Raises:
         UserError: drops of the learning rate in epochs without a length in epochs.
     """
     solver = cfg.SOLVER
     if solver.STEP_EPOCHS and not solver.EPOCHS:
-        raise UserError("SOLVER.STEP_EPOCHS needs SOLVER.EPOCHS, which is 0.")
+        raise UserError("SOLVER.STEP_EPOCHS needs SOLVER.EPOCHS, which is not set.")
     if not solver.EPOCHS and not cfg.TEST.EVAL_EPOCHS:
         return cfg
     per_epoch = num_images / solver.IMS_PER_BATCH
@@ -34,7 +34,7 @@ def resolve_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
         resolved.SOLVER.STEPS = tuple(iterations(e) for e in solver.STEP_EPOCHS)
     if cfg.TEST.EVAL_EPOCHS:
         resolved.TEST.EVAL_PERIOD = iterations(cfg.TEST.EVAL_EPOCHS)
-    resolved.SOLVER.EPOCHS = resolved.TEST.EVAL_EPOCHS = 0
+    resolved.SOLVER.EPOCHS = resolved.TEST.EVAL_EPOCHS = None
     resolved.SOLVER.STEP_EPOCHS = []
     if cfg.is_frozen():
         resolved.freeze()

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from detectron2.engine import SimpleTrainer, TrainerBase
+from detectron2.engine import SimpleTrainer, TrainerBase, create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -94,8 +94,11 @@ class StepTrainer(TrainerBase):
             losses = accumulate_gradients(self.model, batches, self.precision)
         except FloatingPointError as error:
             explain_non_finite(self, batches, str(error).rstrip("."))
-        if not torch.isfinite(sum(losses.values())):
-            shown = ", ".join(f"{name} {float(loss):g}" for name, loss in losses.items())
+        # One transfer for all losses; what follows reads them on the host.
+        values = torch.stack(list(losses.values())).cpu()
+        losses = dict(zip(losses, values, strict=True))
+        if not values.isfinite().all():
+            shown = ", ".join(f"{name} {loss:g}" for name, loss in losses.items())
             explain_non_finite(self, batches, f"the loss is not finite ({shown})")
         return losses
 
@@ -129,11 +132,9 @@ class StepTrainer(TrainerBase):
 
 def distribute(model: nn.Module) -> nn.Module:
     """The model itself in a single process, else DistributedDataParallel on its device."""
-    if comm.get_world_size() == 1:
-        return model
     on_gpu = next(model.parameters()).is_cuda
     device_ids = [comm.get_local_rank()] if on_gpu else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    return create_ddp_model(model, device_ids=device_ids, broadcast_buffers=False)
 
 
 def accumulate_gradients(

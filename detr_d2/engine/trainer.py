@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checkpoint import DetrCheckpointer
 from ..data import classes_of
-from ..data.classes import check_num_classes
+from ..data.classes import settle_num_classes
 from ..data.loader import build_test_loader, build_train_loader, images_per_forward
 from ..errors import UserError
 from ..evaluation import build_evaluator
@@ -43,7 +43,7 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
             UserError: config and data disagree, or a value is not possible.
         """
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        check_num_classes(cfg)
+        cfg = settle_num_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         StepTrainer.__init__(
@@ -59,7 +59,7 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         cfg = resolve_epochs(cfg, num_images=len(self.data_loader.dataset))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = build_checkpointer(
-            cfg, model, trainer=weakref.proxy(self), optimizer=optimizer
+            cfg, model, cfg.DATASETS.TRAIN, trainer=weakref.proxy(self), optimizer=optimizer
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -110,9 +110,12 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         return build_evaluator(cfg, dataset_name)
 
 
-def build_checkpointer(cfg: CfgNode, model: nn.Module, **checkpointables: Any) -> DetrCheckpointer:
-    """Checkpointer that saves a config's class names and yaml along with the weights."""
-    classes = classes_of([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1])
+def build_checkpointer(
+    cfg: CfgNode, model: nn.Module, dataset_names: Sequence[str], **checkpointables: Any
+) -> DetrCheckpointer:
+    """Checkpointer that knows, and saves along with the weights, the data sets' class names and
+    the config's yaml."""
+    classes = classes_of(dataset_names)
     return DetrCheckpointer(
         model,
         cfg.OUTPUT_DIR,

@@ -96,7 +96,7 @@ class COCODetectionEvaluator(DatasetEvaluator):
 
         detections = self._to_dataset_categories(itertools.chain(*predictions))
         self._write_detections(detections)
-        with open(self._annotation_file) as file:
+        with open(self._annotation_file, encoding="utf-8") as file:
             ground_truth = json.load(file)
         if "annotations" not in ground_truth:
             logger.info("%s has no annotations to evaluate with.", self._annotation_file)

@@ -117,6 +117,8 @@ class TimmBackbone(Backbone):
         if freeze_norm:
             body = timm.layers.freeze_batch_norm_2d(body)
         self.body = body
+        # Swin and its like return (B, H, W, channels).
+        self._channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
         info = body.feature_info
         self._out_features = [f"p{index}" for index in range(len(info.channels()))]
         self._out_feature_channels = dict(zip(self._out_features, info.channels(), strict=True))
@@ -124,7 +126,10 @@ class TimmBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps (B, channels, H / stride, W / stride) by name."""
-        return dict(zip(self._out_features, self.body(x), strict=True))
+        maps = self.body(x)
+        if self._channels_last:
+            maps = [m.permute(0, 3, 1, 2) for m in maps]
+        return dict(zip(self._out_features, maps, strict=True))
 
 
 @BACKBONE_REGISTRY.register()

@@ -103,4 +103,6 @@ class PredictionHead(nn.Module):
 
         `reference` is what a head that predicts offsets would add to; this one ignores it.
         """
-        return LayerOutput(self.class_head(content), self.box_head(content).sigmoid())
+        # In float32 whatever autocast says: bfloat16 above 0.5 is as coarse as 1/256 of the image.
+        boxes = self.box_head(content).float().sigmoid()
+        return LayerOutput(self.class_head(content), boxes)

@@ -92,10 +92,11 @@ class Detr(nn.Module):
             {"instances": Instances} with `pred_boxes` (xyxy, pixels of the output size),
             `scores` and `pred_classes`, best first.
         """
-        outputs = self.predict(batched_inputs)
         if self.training:
-            return self.criterion(outputs, self.prepare_targets(batched_inputs), object_counts)
-        return self.inference(outputs[-1], batched_inputs)
+            # First, so that no copy to the device has to wait for the forward pass.
+            targets = self.prepare_targets(batched_inputs)
+            return self.criterion(self.predict(batched_inputs), targets, object_counts)
+        return self.inference(self.predict(batched_inputs)[-1], batched_inputs)
 
     def predict(self, batched_inputs: Sequence[dict[str, Any]]) -> list[LayerOutput]:
         """Raw predictions of every decoder layer, the last one last.
@@ -126,10 +127,11 @@ class Detr(nn.Module):
         targets = []
         for x in batched_inputs:
             height, width = x["image"].shape[-2:]
-            instances = x["instances"].to(self.device)
-            size = torch.tensor([width, height, width, height], dtype=torch.float32)
-            boxes = xyxy_to_cxcywh(instances.gt_boxes.tensor / size.to(self.device))
-            targets.append(Target(instances.gt_classes, boxes))
+            corners = x["instances"].gt_boxes.tensor
+            size = corners.new_tensor([width, height, width, height])
+            boxes = xyxy_to_cxcywh(corners / size).to(self.device, non_blocking=True)
+            classes = x["instances"].gt_classes.to(self.device, non_blocking=True)
+            targets.append(Target(classes, boxes))
         return targets
 
     def inference(
