@@ -22,7 +22,8 @@ from detr_d2.data import (
     register_coco_dataset,
 )
 from detr_d2.data import register as register_module
-from detr_d2.data.register import DatasetError, load_coco_dataset, read_coco_json
+from detr_d2.data.coco_json import DatasetError, read_coco_json
+from detr_d2.data.register import load_coco_dataset
 from detr_d2.errors import UserError
 
 SOUND = {
