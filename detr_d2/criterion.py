@@ -76,36 +76,44 @@ class SetCriterion(nn.Module):
         with torch.autocast(device.type, enabled=False):
             outputs = [LayerOutput(o.logits.float(), o.boxes.float()) for o in outputs]
             assignments = self.matcher(outputs, targets)
+            located = [_locate(assignment, targets, device) for assignment in assignments]
             classes = torch.cat([target.classes for target in targets])
             boxes = torch.cat([target.boxes.float() for target in targets])
-            num_boxes, class_normalizer = self._normalizers(
+            normalizers = self._normalizers(
                 outputs[-1].logits.shape[1], list(object_counts), device
             )
             losses = {}
-            for index, (output, assignment) in enumerate(zip(outputs, assignments, strict=True)):
+            for index, (output, (pairs, matched)) in enumerate(zip(outputs, located, strict=True)):
                 suffix = "" if index == len(outputs) - 1 else f"_{index}"
-                pairs, matched = _locate(assignment, targets, device)
-                target_classes = self._target_classes(output.logits, pairs, classes[matched])
-                predicted = output.boxes[pairs]
-                losses[f"loss_ce{suffix}"] = self.class_weight * self.classification.loss(
-                    output.logits, target_classes, class_normalizer
+                layer = self._layer_losses(
+                    output, pairs, classes[matched], boxes[matched], *normalizers
                 )
-                losses[f"loss_bbox{suffix}"] = (
-                    self.l1_weight * l1_box_loss(predicted, boxes[matched]) / num_boxes
-                )
-                losses[f"loss_giou{suffix}"] = (
-                    self.giou_weight * giou_box_loss(predicted, boxes[matched]) / num_boxes
-                )
+                losses.update({f"{name}{suffix}": loss for name, loss in layer.items()})
+            pairs, matched = located[-1]
             self._write_diagnostics(outputs[-1].logits, pairs, classes[matched], targets)
         return losses
 
-    def _target_classes(
-        self, logits: Tensor, pairs: tuple[Tensor, Tensor], classes: Tensor
-    ) -> Tensor:
-        """(B, Q): the class each query should predict; `num_classes` where it has no object."""
-        target = torch.full(logits.shape[:2], self.classification.num_classes, device=logits.device)
-        target[pairs] = classes
-        return target
+    def _layer_losses(
+        self,
+        output: LayerOutput,
+        pairs: tuple[Tensor, Tensor],
+        classes: Tensor,
+        boxes: Tensor,
+        num_boxes: Tensor,
+        class_normalizer: Tensor,
+    ) -> dict[str, Tensor]:
+        """Losses of one layer, from (image, query), class (P,) and box (P, 4) of each pair."""
+        target_classes = torch.full(
+            output.logits.shape[:2], self.classification.num_classes, device=boxes.device
+        )
+        target_classes[pairs] = classes
+        loss_ce = self.classification.loss(output.logits, target_classes, class_normalizer)
+        predicted = output.boxes[pairs]
+        return {
+            "loss_ce": self.class_weight * loss_ce,
+            "loss_bbox": self.l1_weight * l1_box_loss(predicted, boxes) / num_boxes,
+            "loss_giou": self.giou_weight * giou_box_loss(predicted, boxes) / num_boxes,
+        }
 
     def _normalizers(
         self, num_queries: int, object_counts: list[int], device: torch.device

@@ -215,6 +215,7 @@ def test_device_is_the_cpu_where_there_is_no_gpu(config, register, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     options = ("MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 1, "DATASETS.TEST", "()")
     call("--config-file", config, *register, *options)
+    assert load_config(str(config), ["MODEL.DEVICE", "cuda"]).MODEL.DEVICE == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ from detectron2.data import DatasetCatalog
 from detr_d2.engine import DetrPredictor
 from detr_d2.engine.launch import argument_parser, run
 from detr_d2.engine.main import load_config, register_datasets
+from detr_d2.errors import UserError
 from detr_d2.visualize import draw_comparison
 
 
 def main(args):
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg, args.register)
+    if not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name the data set to draw.")
     name = cfg.DATASETS.TEST[0]
     dataset_dicts = DatasetCatalog.get(name)[: args.num_images]
     draw_comparison(DetrPredictor(cfg), dataset_dicts, name, args.output, args.threshold)

@@ -29,7 +29,7 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
     """Runs what the command line asks for, in this process.
 
     Returns:
-        The metrics, where something was evaluated.
+        The metrics of an evaluation; of a training only with TEST.EXPECTED_RESULTS, as detectron2.
 
     Raises:
         UserError: a wrong file, key or number.
