@@ -208,8 +208,8 @@ def test_recipe_is_logged_once(rectangles, tmp_path, caplog):
     DetrTrainer(training_cfg(rectangles, tmp_path, *options)).train()
     [recipe] = [text for text in caplog.messages if text.startswith("Images per optimizer step")]
     assert recipe == (
-        "Images per optimizer step: 4 = 1 process(es) x 2 batch(es) x 2 image(s). ADAMW, learning "
-        "rate 0.002, backbone 0.0002, times 0.1 at iteration 3; 4 iterations, float32."
+        "Images per optimizer step: 4 = 1 process(es) x 2 batch(es) x 2 image(s). AdamW, learning "
+        "rates before warm-up and drops: 0.002, 0.0002; 4 iterations, float32."
     )
 
 

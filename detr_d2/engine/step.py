@@ -72,7 +72,21 @@ class StepTrainer(TrainerBase):
         sampler = self.data_loader.batch_sampler
         sampler.start_batch = self.start_iter * self.accumulation_steps
         self._batches = iter(self.data_loader)
+        self.log_recipe(sampler.batch_size)
         super().before_train()
+
+    def log_recipe(self, images_per_forward: int) -> None:
+        """Says once what a step is made of: most trainings that fail do so here."""
+        processes, steps = comm.get_world_size(), self.accumulation_steps
+        groups = self.optimizer.param_groups
+        rates = sorted({group.get("initial_lr", group["lr"]) for group in groups}, reverse=True)
+        logger.info(
+            f"Images per optimizer step: {processes * steps * images_per_forward} = {processes} "
+            f"process(es) x {steps} batch(es) x {images_per_forward} image(s). "
+            f"{type(self.optimizer).__name__}, learning rates before warm-up and drops: "
+            f"{', '.join(f'{rate:g}' for rate in rates)}; {self.max_iter} iterations, "
+            f"{self.precision}."
+        )
 
     def run_step(self) -> None:
         torch.manual_seed(derive_seed(self.seed, self.iter, comm.get_rank()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -18,15 +17,13 @@ from torch import nn
 from ..checkpoint import DetrCheckpointer
 from ..data import classes_of
 from ..data.classes import settle_num_classes
-from ..data.loader import build_test_loader, build_train_loader, images_per_forward
+from ..data.loader import build_test_loader, build_train_loader
 from ..errors import UserError
 from ..evaluation import build_evaluator
 from .optimizer import build_optimizer, full_model_clip_norm
 from .precision import Precision
 from .schedule import resolve_epochs
 from .step import Batch, StepTrainer
-
-logger = logging.getLogger(__name__)
 
 
 class DetrTrainer(StepTrainer, DefaultTrainer):
@@ -65,24 +62,6 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
-
-    def train(self) -> dict | None:
-        self.log_recipe()
-        return DefaultTrainer.train(self)
-
-    def log_recipe(self) -> None:
-        """Says once what a step is made of: most trainings that fail do so here."""
-        solver = self.cfg.SOLVER
-        drops = ", ".join(map(str, solver.STEPS))
-        per_forward = images_per_forward(solver.IMS_PER_BATCH, solver.ACCUMULATION_STEPS)
-        logger.info(
-            f"Images per optimizer step: {solver.IMS_PER_BATCH} = {comm.get_world_size()} "
-            f"process(es) x {solver.ACCUMULATION_STEPS} batch(es) x "
-            f"{per_forward} image(s). {solver.OPTIMIZER}, learning rate "
-            f"{solver.BASE_LR:g}, backbone {solver.BASE_LR * solver.BACKBONE_MULTIPLIER:g}"
-            + (f", times {solver.GAMMA:g} at iteration {drops}" if drops else "")
-            + f"; {solver.MAX_ITER} iterations, {self.precision}."
-        )
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
