@@ -25,7 +25,7 @@ def draw_comparison(
     path: str | Path,
     score_threshold: float = 0.5,
     columns: int = 3,
-) -> None:
+) -> int:
     """Writes a picture with predictions on the left and ground truth on the right of each image.
 
     Args:
@@ -34,13 +34,18 @@ def draw_comparison(
         dataset_name: for the class names.
         score_threshold: detections below are not drawn.
         columns: images side by side.
+
+    Returns:
+        The number of detections drawn.
     """
-    pairs = [draw_pair(predictor, d, dataset_name, score_threshold) for d in dataset_dicts]
+    drawn = [draw_pair(predictor, d, dataset_name, score_threshold) for d in dataset_dicts]
+    pairs = [pair for pair, _ in drawn]
     rows = [np.hstack(pairs[i : i + columns]) for i in range(0, len(pairs), columns)]
     width = max(row.shape[1] for row in rows)
     rows = [_pad(row, width) for row in rows]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.vstack(rows)).save(path)
+    return sum(count for _, count in drawn)
 
 
 def draw_pair(
@@ -48,8 +53,8 @@ def draw_pair(
     dataset_dict: dict,
     dataset_name: str,
     score_threshold: float,
-) -> np.ndarray:
-    """(HEIGHT, width, 3) RGB: predictions, then ground truth of one image."""
+) -> tuple[np.ndarray, int]:
+    """(HEIGHT, width, 3) RGB of one image, predictions, then ground truth; number of the former."""
     image = detection_utils.read_image(dataset_dict["file_name"], format="RGB")
     metadata = MetadataCatalog.get(dataset_name)
     scale = HEIGHT / image.shape[0]
@@ -62,7 +67,7 @@ def draw_pair(
     ]
     truth = Visualizer(image, metadata, scale).draw_dataset_dict({"annotations": boxes_only})
     drawn = [_fit_height(output.get_image()) for output in (predicted, truth)]
-    return np.hstack([*drawn, np.full((HEIGHT, 24, 3), 255, np.uint8)])
+    return np.hstack([*drawn, np.full((HEIGHT, 24, 3), 255, np.uint8)]), len(instances)
 
 
 def draw_curves(metrics_file: str | Path, path: str | Path) -> None:

@@ -151,8 +151,8 @@ def test_report_counts_tensors_by_part():
     checkpoint["model"]["transformer.encoder.layers.7.ffn.linear1.bias"] = head(1)
     _, report = fit_checkpoint(checkpoint, model, "file.pth")
     table = [line.split() for line in report.table().splitlines()]
-    assert ["class", "head", "1", "0", "0"] in table
-    assert ["encoder", "0", "2", "1"] in table
+    assert ["class", "head", "1", "0", "0", "0"] in table
+    assert ["encoder", "0", "0", "2", "1"] in table
     assert not report.exact and not report.transformer_untrained
 
 

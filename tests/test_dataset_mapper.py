@@ -578,3 +578,23 @@ def test_json_constants_for_nan_are_found(image):
 def test_every_error_is_one_that_the_tools_print_without_a_traceback():
     for error in (FaultyAnnotationError, ImageSizeError, UnreadableImageError):
         assert issubclass(error, UserError)
+
+
+def test_deep_pixels_are_refused_rather_than_clipped(tmp_path):
+    """Pillow turns 16 bits into 8 by clipping: nearly everything becomes white."""
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((20, 30), 40000, dtype=np.uint16)).save(path)
+    record = {"file_name": str(path), "height": 20, "width": 30, "annotations": []}
+    with pytest.raises(UnreadableImageError, match="deep.png.*I;16, convert it to 8 bits"):
+        resize_only(30)(record)
+
+
+def test_an_image_too_thin_to_resize_is_named(tmp_path):
+    path = tmp_path / "thin.png"
+    Image.new("RGB", (3000, 2)).save(path)
+    record = {"file_name": str(path), "height": 2, "width": 3000, "annotations": []}
+    mapper = DetrDatasetMapper(
+        True, augmentations=build_augmentation(True, min_size=[30], max_size=100, flip="none")
+    )
+    with pytest.raises(UnreadableImageError, match=r"thin.png \(3000x2 pixels\) cannot be"):
+        mapper(record)

@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from detr_d2 import model_zoo
 from detr_d2.engine import lazy, main
 from detr_d2.engine.launch import argument_parser
+from detr_d2.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIRS = ["DigitScenes/detr_tiny", "COCO-Detection/detr_R_50_500ep"]
@@ -102,3 +103,11 @@ def test_same_training_and_evaluation(few_digits, tmp_path):
     ]
     lazy.train_or_evaluate(resumed)
     assert last_metrics(tmp_path / "python")["iteration"] == 6
+
+
+def test_misspelt_keys_are_refused():
+    """detectron2 itself would add them, and train with the defaults."""
+    config = LazyConfig.load(str(CONFIGS / "DigitScenes/detr_tiny.py"))
+    lazy.check_overrides(config, ["train.max_iter=3", "+dataloader.evaluator.extra=1"])
+    with pytest.raises(UserError, match="no key 'train.max_iters'"):
+        lazy.check_overrides(config, ["train.max_iters=3"])

@@ -66,3 +66,8 @@ def test_iterations_stay():
 def test_drops_in_epochs_need_a_length_in_epochs():
     with pytest.raises(UserError, match="STEP_EPOCHS needs SOLVER.EPOCHS"):
         resolve_epochs(make_cfg("SOLVER.STEP_EPOCHS", [3]), num_images=160)
+
+
+def test_a_drop_after_the_end_is_refused():
+    with pytest.raises(UserError, match=r"STEP_EPOCHS \[3\] must come before.*EPOCHS 3"):
+        resolve_epochs(make_cfg("SOLVER.EPOCHS", 3, "SOLVER.STEP_EPOCHS", [3]), num_images=160)

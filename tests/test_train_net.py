@@ -423,3 +423,36 @@ def test_a_backbone_is_not_evaluated(config, register, tmp_path):
     torch.save({"model": {f"backbone.{name}": tensor for name, tensor in state.items()}}, path)
     message = fail("--config-file", config, *register, "--eval-only", "MODEL.WEIGHTS", path)
     assert "backbone without a trained transformer" in message
+
+
+# The output folder
+
+
+def test_an_evaluation_leaves_the_config_of_the_training(config, register, tmp_path):
+    options = ("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
+    call("--config-file", config, *register, *options)
+    saved = tmp_path / "out" / "config.yaml"
+    before = saved.read_text()
+    assert "MAX_ITER: 1\n" in before and f"NUM_CLASSES: {len(CATEGORIES)}" in before
+    weights = ("MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth")
+    call("--config-file", config, *register, "--eval-only", *weights)
+    assert saved.read_text() == before
+    assert (tmp_path / "out" / "inference" / "config.yaml").exists()
+
+
+def test_the_state_of_the_output_folder_is_said(config, register, tmp_path):
+    options = ("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
+    log = tmp_path / "out" / "log.txt"
+    call("--resume", "--config-file", config, *register, *options)
+    assert "there is no checkpoint in" in log.read_text()
+    assert "holds checkpoints of another training" not in log.read_text()
+    call("--config-file", config, *register, *options)
+    assert "holds checkpoints of another training" in log.read_text()
+
+
+def test_missing_files_of_a_built_in_data_set(config, register, monkeypatch, tmp_path):
+    message = fail(
+        *("--config-file", config, "DATASETS.TRAIN", "('coco_2017_train',)"),
+        *("DATASETS.TEST", "()", "MODEL.DETR.NUM_CLASSES", 80),
+    )
+    assert "instances_train2017.json" in message and "DETECTRON2_DATASETS" in message

@@ -7,6 +7,7 @@
 
 from detectron2.data import DatasetCatalog
 
+from detr_d2.data import classes_of
 from detr_d2.engine import DetrPredictor
 from detr_d2.engine.launch import argument_parser, run
 from detr_d2.engine.main import load_config, register_datasets
@@ -20,9 +21,13 @@ def main(args):
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name the data set to draw.")
     name = cfg.DATASETS.TEST[0]
+    classes_of([name])  # refuses a name that is not registered
     dataset_dicts = DatasetCatalog.get(name)[: args.num_images]
-    draw_comparison(DetrPredictor(cfg), dataset_dicts, name, args.output, args.threshold)
-    print(f"Predictions (left) beside ground truth (right): {args.output}")
+    count = draw_comparison(DetrPredictor(cfg), dataset_dicts, name, args.output, args.threshold)
+    print(
+        f"{count} detections with scores of at least {args.threshold} (left) beside ground truth "
+        f"(right): {args.output}"
+    )
 
 
 if __name__ == "__main__":

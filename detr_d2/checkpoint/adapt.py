@@ -69,16 +69,34 @@ class LoadReport:
         """Whether the model now equals the checkpoint, tensor by tensor."""
         return not (self.initial or self.ignored or self.fitted)
 
+    def refuse_untrained(self, path: str, key: str = "MODEL.WEIGHTS") -> None:
+        """
+        Raises:
+            UserError: predictions would come from initial values.
+        """
+        if self.transformer_untrained:
+            raise UserError(
+                f"'{path}' is a backbone without a trained transformer: name the weights of a "
+                f"trained detector in {key}, or train first."
+            )
+        if self.new_classes:
+            raise UserError(
+                f"{self.new_classes} of the model's classes were never trained in '{path}': name "
+                f"other weights in {key}, use a data set with their classes, or train first."
+            )
+
     def table(self) -> str:
+        whole = [name for name in self.loaded if name not in self.fitted]
         columns = [
-            Counter(map(_part, names)) for names in (self.loaded, self.initial, self.ignored)
+            Counter(map(_part, names)) for names in (whole, self.fitted, self.initial, self.ignored)
         ]
+        headers = ("tensors of", "loaded", "loaded in part", "initial value", "ignored")
         rows = [
             (part, *(column[part] for column in columns))
             for part in _PARTS
             if any(column[part] for column in columns)
         ]
-        return tabulate(rows, headers=("tensors of", "loaded", "initial value", "ignored"))
+        return tabulate(rows, headers=headers)
 
     def log(self, path: str) -> None:
         logger.info("Loaded '%s' (%s):\n%s", path, self.title, self.table())

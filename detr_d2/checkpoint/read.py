@@ -237,5 +237,7 @@ def _unsafe(path: str, found: str) -> UserError:
 
 
 def _damaged(path: str, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # torch wraps its reason in advice to load without its safeguard.
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    reason = text.splitlines()[0] if text else type(error).__name__
     return UserError(f"'{path}' cannot be read as a checkpoint, it may be damaged: {reason}")

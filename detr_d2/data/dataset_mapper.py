@@ -14,7 +14,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances, PolygonMasks
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
+from PIL import Image
 from pycocotools import mask as mask_util
 
 from ..errors import UserError
@@ -185,7 +187,14 @@ class DetrDatasetMapper:
         check_size(dataset_dict, image)
 
         augmented = T.AugInput(image)
-        transforms = self.augmentations(augmented)
+        try:
+            transforms = self.augmentations(augmented)
+        except (ValueError, AssertionError) as error:
+            height, width = image.shape[:2]
+            raise UnreadableImageError(
+                f"The image {dataset_dict['file_name']} ({width}x{height} pixels) cannot be "
+                f"resized or cropped as INPUT asks ({error}): remove it from the data set."
+            ) from error
         output = {k: v for k, v in dataset_dict.items() if k != "annotations"}
         output["height"], output["width"] = image.shape[:2]
         # Reversed channels and flips are views with negative strides, which torch does not take.
@@ -271,6 +280,10 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
         UnreadableImageError: the file is missing or cannot be decoded.
     """
     try:
+        with PathManager.open(file_name, "rb") as file:
+            mode = Image.open(file).mode
+        if mode[0] in "IF":
+            raise ValueError(f"its pixels have the type {mode}, convert it to 8 bits")
         return detection_utils.read_image(file_name, format=image_format)
     except MemoryError:
         raise

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
@@ -23,9 +25,11 @@ from ..checkpoint import DetrCheckpointer
 from ..data import classes_of, parse_register_argument, register_coco_dataset
 from ..data.classes import compare_num_classes
 from ..errors import UserError
-from .main import refuse_untrained, shorten_user_error
+from .main import shorten_user_error, warn_about_output
 from .precision import Precision
 from .step import StepTrainer
+
+_MISSING = object()
 
 
 def train_or_evaluate(args: argparse.Namespace) -> dict | None:
@@ -42,8 +46,9 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
     if args.eval_only:
         checkpointer = build_checkpointer(cfg, model, LazyConfig.to_py(cfg))
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-        weights = cfg.train.init_checkpoint
-        refuse_untrained(checkpointer.report, weights, "train.init_checkpoint")
+        if checkpointer.report is None:
+            raise UserError("train.init_checkpoint is empty: name the checkpoint to evaluate.")
+        checkpointer.report.refuse_untrained(cfg.train.init_checkpoint, "train.init_checkpoint")
         return evaluate(cfg, model)
     return train(cfg, model, args.resume)
 
@@ -53,7 +58,9 @@ def setup(args: argparse.Namespace) -> Any:
     if not os.path.isfile(args.config_file):
         raise UserError(f"--config-file {args.config_file!r} does not exist.")
     try:
-        cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+        cfg = LazyConfig.load(args.config_file)
+        check_overrides(cfg, args.opts)
+        cfg = LazyConfig.apply_overrides(cfg, args.opts)
     except (AssertionError, OverrideParseException, OmegaConfBaseException) as error:
         raise UserError(f"{args.config_file} with {' '.join(args.opts)}: {error}") from error
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
@@ -67,6 +74,19 @@ def setup(args: argparse.Namespace) -> Any:
     names.append(cfg.dataloader.evaluator.dataset_name)
     compare_num_classes(cfg.model.criterion.num_classes, names, "model.criterion.num_classes")
     return cfg
+
+
+def check_overrides(cfg: Any, overrides: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: a key that the config does not have, which detectron2 would add in silence.
+    """
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not key.startswith("+") and OmegaConf.select(cfg, key, default=_MISSING) is _MISSING:
+            raise UserError(
+                f"The config has no key {key!r}: correct it, or write +{override} to add it."
+            )
 
 
 def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
@@ -105,6 +125,7 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
             hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main_process else None,
         ]
     )
+    warn_about_output(checkpointer, resume)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     trainer.train(start_iter, cfg.train.max_iter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from yaml import YAMLError
 
-from ..checkpoint import LoadReport
+from ..checkpoint import DetrCheckpointer
 from ..config import get_detr_cfg
 from ..data import parse_register_argument, register_coco_dataset
 from ..data.classes import settle_num_classes
@@ -23,6 +24,8 @@ from ..errors import UserError
 from ..model_zoo import trained_weights
 from .launch import one_line
 from .trainer import DetrTrainer, build_checkpointer
+
+logger = logging.getLogger(__name__)
 
 
 def train_or_evaluate(args: argparse.Namespace) -> dict | None:
@@ -38,6 +41,7 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
     if args.eval_only:
         return evaluate(cfg, args.resume)
     trainer = DetrTrainer(cfg)
+    warn_about_output(trainer.checkpointer, args.resume)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 
@@ -55,11 +59,33 @@ def setup(args: argparse.Namespace) -> CfgNode:
         training_names = () if args.eval_only else cfg.DATASETS.TRAIN
         cfg = settle_num_classes(cfg, [*training_names, *cfg.DATASETS.TEST])
         cfg.freeze()
-        default_setup(cfg, args)
+        default_setup(place_of_config(cfg, args.eval_only), args)
     except OSError as error:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be used: {error}.") from error
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     return cfg
+
+
+def place_of_config(cfg: CfgNode, eval_only: bool) -> CfgNode:
+    """An evaluation keeps its config and log beside its results, not in place of a training's."""
+    if not eval_only:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference")
+    return cfg
+
+
+def warn_about_output(checkpointer: DetrCheckpointer, resume: bool) -> None:
+    """Says what `--resume`, or its absence, means for the folder as it is."""
+    found, folder = checkpointer.has_checkpoint(), checkpointer.save_dir
+    if resume and not found:
+        logger.warning(f"--resume: there is no checkpoint in {folder!r}, the training starts anew.")
+    if found and not resume:
+        logger.warning(
+            f"OUTPUT_DIR {folder!r} holds checkpoints of another training, which this one will "
+            "overwrite: --resume goes on with that one, another OUTPUT_DIR keeps it."
+        )
 
 
 def register_datasets(cfg: CfgNode, arguments: Sequence[str]) -> None:
@@ -94,6 +120,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         raise UserError(f"{source}: {message}") from error
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+        logger.warning("No GPU is available: MODEL.DEVICE becomes cpu.")
     check_names(cfg)
     prefer_iterations(cfg, overrides[::2])
     return cfg
@@ -142,23 +169,6 @@ def check_names(cfg: CfgNode) -> None:
         raise UserError(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: {error}") from error
 
 
-def refuse_untrained(report: LoadReport | None, weights: str, key: str) -> None:
-    """
-    Raises:
-        UserError: evaluating what was loaded would measure initial values.
-    """
-    if report is None or report.transformer_untrained:
-        raise UserError(
-            f"{weights!r} is a backbone without a trained transformer: name the weights of a "
-            f"trained detector in {key}, or train first."
-        )
-    if report.new_classes:
-        raise UserError(
-            f"{report.new_classes} of the model's classes were never trained in {weights!r}: name "
-            f"other weights in {key}, evaluate on a data set with their classes, or train first."
-        )
-
-
 def shorten_user_error(record: logging.LogRecord) -> bool:
     """Log filter for detectron2's training loop, which logs the traceback of whatever ends it."""
     if record.exc_info and isinstance(record.exc_info[1], UserError):
@@ -177,7 +187,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
     if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
         raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to evaluate.")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    refuse_untrained(checkpointer.report, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    checkpointer.report.refuse_untrained(cfg.MODEL.WEIGHTS)
     results = DetrTrainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)

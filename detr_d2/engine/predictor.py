@@ -41,7 +41,8 @@ class DetrPredictor(DefaultPredictor):
             self.cfg.MODEL.DETR.NUM_CLASSES = num_classes
         self.model = build_model(self.cfg).eval()
         if cfg.MODEL.WEIGHTS:
-            load_weights(self.model, cfg.MODEL.WEIGHTS, classes)
+            report, _ = load_weights(self.model, cfg.MODEL.WEIGHTS, classes)
+            report.refuse_untrained(cfg.MODEL.WEIGHTS)
         [self.aug] = build_augmentation(
             False, min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST
         )

@@ -15,11 +15,16 @@ def resolve_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
     the result says each thing once.
 
     Raises:
-        UserError: drops of the learning rate in epochs without a length in epochs.
+        UserError: drops of the learning rate without a length in epochs, or after it.
     """
     solver = cfg.SOLVER
     if solver.STEP_EPOCHS and not solver.EPOCHS:
         raise UserError("SOLVER.STEP_EPOCHS needs SOLVER.EPOCHS, which is not set.")
+    if solver.EPOCHS and any(epoch >= solver.EPOCHS for epoch in solver.STEP_EPOCHS):
+        raise UserError(
+            f"SOLVER.STEP_EPOCHS {list(solver.STEP_EPOCHS)} must come before the training ends "
+            f"(SOLVER.EPOCHS {solver.EPOCHS})."
+        )
     if not solver.EPOCHS and not cfg.TEST.EVAL_EPOCHS:
         return cfg
     per_epoch = num_images / solver.IMS_PER_BATCH

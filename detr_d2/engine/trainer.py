@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
@@ -24,6 +26,8 @@ from .optimizer import build_optimizer, full_model_clip_norm
 from .precision import Precision
 from .schedule import resolve_epochs
 from .step import Batch, StepTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class DetrTrainer(StepTrainer, DefaultTrainer):
@@ -62,6 +66,13 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = build_model(cfg)
+        size = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        logger.info(f"Built {type(model).__name__} with {size:.1f} M trainable parameters.")
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
