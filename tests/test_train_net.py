@@ -13,8 +13,9 @@ from PIL import Image
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from detr_d2 import model_zoo
+from detr_d2.checkpoint import DetrCheckpointer
 from detr_d2.engine.launch import argument_parser, message_for_users, run
-from detr_d2.engine.main import load_config, train_or_evaluate
+from detr_d2.engine.main import load_config, train_or_evaluate, warn_about_output
 from detr_d2.errors import UserError
 
 from .training import (
@@ -440,14 +441,18 @@ def test_an_evaluation_leaves_the_config_of_the_training(config, register, tmp_p
     assert (tmp_path / "out" / "inference" / "config.yaml").exists()
 
 
-def test_the_state_of_the_output_folder_is_said(config, register, tmp_path):
-    options = ("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
-    log = tmp_path / "out" / "log.txt"
-    call("--resume", "--config-file", config, *register, *options)
-    assert "there is no checkpoint in" in log.read_text()
-    assert "holds checkpoints of another training" not in log.read_text()
-    call("--config-file", config, *register, *options)
-    assert "holds checkpoints of another training" in log.read_text()
+def test_the_state_of_the_output_folder_is_said(tmp_path, caplog):
+    checkpointer = DetrCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    warn_about_output(checkpointer, resume=False)
+    assert not caplog.messages
+    warn_about_output(checkpointer, resume=True)
+    assert "there is no checkpoint in" in caplog.messages.pop()
+    checkpointer.save("model")
+    caplog.clear()
+    warn_about_output(checkpointer, resume=True)
+    assert not caplog.messages
+    warn_about_output(checkpointer, resume=False)
+    assert "holds checkpoints of another training" in caplog.messages.pop()
 
 
 def test_missing_files_of_a_built_in_data_set(config, register, monkeypatch, tmp_path):
