@@ -468,6 +468,13 @@ def test_lvis(tmp_path):
     common = [detection for detection in perfect if detection["category_id"] != rare]
     results = run(evaluator, as_batches(ground_truth, common))["bbox"]
     assert (results["APr"], results["APc"]) == pytest.approx((0, 100))
+    names = {c["id"]: c["name"] for c in ground_truth["categories"]}
+    assert results[f"AP-{names.pop(rare)}"] == 0
+    others = [results[f"AP-{other}"] for other in names.values()]
+    assert [ap for ap in others if ap == ap] == pytest.approx([100] * 3)  # one has no object
+    written = json.loads((tmp_path / "out" / "per_class_ap.json").read_text())["bbox"]
+    known = [figures["AP"] for figures in written.values() if figures["AP"] is not None]
+    assert len(known) == 4 and np.mean(known) == pytest.approx(results["AP"])
 
 
 def test_lvis_without_its_package(monkeypatch, tmp_path):

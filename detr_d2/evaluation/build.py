@@ -6,9 +6,10 @@ import types
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator, LVISEvaluator
+from detectron2.evaluation import DatasetEvaluator
 
 from .coco_evaluation import COCODetectionEvaluator
+from .lvis_evaluation import PerClassLVISEvaluator
 from .pascal_voc_evaluation import PerClassPascalVOCEvaluator
 
 
@@ -37,7 +38,7 @@ def build_evaluator(
     if evaluator_type == "lvis":
         _require_metadata(dataset_name, "json_file")
         _prepare_lvis_package()
-        return LVISEvaluator(dataset_name, output_dir=output_folder)
+        return PerClassLVISEvaluator(dataset_name, output_folder)
     if evaluator_type == "pascal_voc":
         _require_metadata(dataset_name, "dirname", "split", "year", "thing_classes")
         return PerClassPascalVOCEvaluator(dataset_name, output_folder)
