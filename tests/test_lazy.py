@@ -104,6 +104,14 @@ def test_same_training_and_evaluation(few_digits, tmp_path):
     lazy.train_or_evaluate(resumed)
     assert last_metrics(tmp_path / "python")["iteration"] == 6
 
+    # An evaluation leaves the training's config alone, and gives the AP again.
+    before = (tmp_path / "python" / "config.yaml").read_text()
+    weights = f"train.init_checkpoint={tmp_path / 'python' / 'model_final.pth'}"
+    evaluated = argument_parser().parse_args(["--eval-only", *by_python, weights])
+    results = lazy.train_or_evaluate(evaluated)
+    assert results["bbox"]["AP50"] == pytest.approx(last_metrics(tmp_path / "python")["bbox/AP50"])
+    assert (tmp_path / "python" / "config.yaml").read_text() == before
+
 
 def test_misspelt_keys_are_refused():
     """detectron2 itself would add them, and train with the defaults."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 import weakref
@@ -65,7 +66,10 @@ def setup(args: argparse.Namespace) -> Any:
         raise UserError(f"{args.config_file} with {' '.join(args.opts)}: {error}") from error
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
         cfg.train.device = "cpu"
-    default_setup(cfg, args)
+    saved = copy.deepcopy(cfg)
+    if args.eval_only:  # beside its results, not in place of a training's
+        saved.train.output_dir = os.path.join(cfg.train.output_dir, "inference")
+    default_setup(saved, args)
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detr_d2")
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     for argument in args.register:
