@@ -54,3 +54,10 @@ def _product(size: Tensor) -> Tensor:
     """(..., 2) -> (...). The backward pass of `Tensor.prod` looks for zeros on the host, which
     would make it wait for the device."""
     return size[..., 0] * size[..., 1]
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of numbers in [0, 1], finite also at the ends: both sides of the quotient are at least
+    `eps` (published models differ in it)."""
+    x = x.clamp(min=0, max=1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()

@@ -36,7 +36,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # For training masks on a frozen detector: a checkpoint of that detector.
     detr.FROZEN_WEIGHTS = ""
 
-    # Weights of the losses; the matching costs have the same (class: 1).
+    # Weights of the losses; the matching costs have the same.
     detr.GIOU_WEIGHT = 2.0
     detr.L1_WEIGHT = 5.0
     # Losses after every decoder layer instead of the last one only.
@@ -57,8 +57,10 @@ def _add_model_keys(cfg: CfgNode) -> None:
     detr.NUM_OBJECT_QUERIES = 100
     # "sine" or "learned" (at most 50x50 tokens).
     detr.POSITION_EMBEDDING = "sine"
-    # Backbone map the encoder sees, as a list of one name. []: the backbone's last.
+    # Backbone maps the encoder sees, from fine to coarse. []: the backbone's last.
     detr.IN_FEATURES = []
+    _add_part_keys(detr)
+    _add_denoising_keys(detr)
 
     # For MODEL.BACKBONE.NAME build_timm_backbone.
     cfg.MODEL.TIMM = CfgNode()
@@ -73,6 +75,76 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # For MODEL.BACKBONE.NAME build_basic_resnet_backbone: blocks in res2, res3, …
     cfg.MODEL.BASIC_RESNET = CfgNode()
     cfg.MODEL.BASIC_RESNET.BLOCKS_PER_STAGE = [2, 2, 2, 2]
+
+
+def _add_part_keys(detr: CfgNode) -> None:
+    """Which part stands where; build.py refuses what makes no sense together."""
+    # Of the sine embedding: ratio of the longest to the shortest wave, and what is added to the
+    # pixel count (-0.5: the middle of a pixel).
+    detr.POSITION_TEMPERATURE = 10000.0
+    detr.POSITION_OFFSET = 0.0
+    # "single_scale": one map; "multi_scale": all of IN_FEATURES, normed, and then as many coarser
+    # ones as NUM_FEATURE_LEVELS still needs. 0: none.
+    detr.NECK = "single_scale"
+    detr.NUM_FEATURE_LEVELS = 0
+    # "plain", or "deformable": each token looks at NUM_POINTS places of every level.
+    detr.ENCODER_ATTENTION = "plain"
+    # Let each encoder layer scale the position embeddings (DAB-DETR).
+    detr.ENCODER_POSITION_SCALE = False
+    # Of the feed-forward networks: "relu" or "prelu".
+    detr.ACTIVATION = "relu"
+
+    # "learned" positions; "point": with a reference point each; "anchor": learned boxes; "top_k":
+    # the encoder's best proposals.
+    detr.QUERIES = "learned"
+    # What queries start as. "zero", "learned"; for top_k also "memory", the token's features, and
+    # "position", made from the box along with a position embedding.
+    detr.QUERY_CONTENT = "zero"
+    # Linear layers from a query's position to its reference point.
+    detr.REFERENCE_LAYERS = 2
+    # top_k: rank by one class that stands for any object, and supervise every token.
+    detr.CLASS_AGNOSTIC_PROPOSALS = False
+    # "static": the queries' own; "conditional" on the content; "modulated" by the box; from the
+    # "box"; "padded_box": that box measured in the padded image, as the published DINO has it.
+    detr.QUERY_POSITION = "static"
+    # "plain", or "separate": projections of their own for content and position.
+    detr.SELF_ATTENTION = "plain"
+    # "plain", "conditional" or "deformable".
+    detr.CROSS_ATTENTION = "plain"
+    # Sampling points per head and level of deformable attention.
+    detr.NUM_POINTS = 4
+    # LayerNorm between each layer's output and the heads.
+    detr.DECODER_NORM = True
+    # "absolute", or "offset" from the reference point or box.
+    detr.BOX_HEAD = "absolute"
+    # Smallest distance of a reference from 0 and 1 where its logit is taken.
+    detr.REFERENCE_EPS = 1e-5
+    # "none"; "detached": a layer's boxes are the next one's references; "look_forward_twice": and
+    # gradients flow through one of them.
+    detr.REFINEMENT = "none"
+    # One head for all decoder layers, or one for each.
+    detr.SHARED_HEADS = True
+    # "softmax" with "no object", or "sigmoid" with focal loss.
+    detr.CLASSIFICATION = "softmax"
+    detr.FOCAL_ALPHA = 0.25
+    # Weight of the classes in loss and matching cost.
+    detr.CLASS_WEIGHT = 1.0
+    detr.CLASS_COST = 1.0
+
+
+def _add_denoising_keys(detr: CfgNode) -> None:
+    """Ground truth with noise as additional queries, in training only."""
+    detr.DENOISING = CfgNode()
+    # "none", "dn" (DN-DETR) or "contrastive" (DINO).
+    detr.DENOISING.METHOD = "none"
+    # dn: how often each object is there. 0: train without, but keep the label embedding.
+    detr.DENOISING.NUM_GROUPS = 5
+    # contrastive: positives of the fullest image, about. 0: as above.
+    detr.DENOISING.NUM_QUERIES = 100
+    # Probability of another label (contrastive: of half of them).
+    detr.DENOISING.LABEL_NOISE = 0.2
+    # Largest shift, as a share of half the box's size.
+    detr.DENOISING.BOX_NOISE = 0.4
 
 
 def _add_input_keys(cfg: CfgNode) -> None:
@@ -90,6 +162,8 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     # Learning rate of the backbone, as a multiple of BASE_LR.
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    # Learning rate of reference points and sampling offsets, as a multiple of BASE_LR.
+    cfg.SOLVER.SAMPLING_MULTIPLIER = 1.0
     # Batches an optimizer step is computed in. SOLVER.IMS_PER_BATCH stays the number of images
     # per step, so a recipe keeps its learning rate on a machine with less memory.
     cfg.SOLVER.ACCUMULATION_STEPS = 1

@@ -6,6 +6,7 @@ Shapes: B images, Q queries, K logits, P matched pairs. Boxes are cxcywh, normal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from detectron2.utils import comm
@@ -13,14 +14,24 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from .losses import giou_box_loss, l1_box_loss
-from .structures import Assignment, LayerOutput, Target
+from .structures import Assignment, LayerOutput, NoisedObjects, Predictions, Target
+
+
+class _Supervised(NamedTuple):
+    """One output and what it is compared with."""
+
+    output: LayerOutput
+    suffix: str
+    targets: Sequence[Target]
+    noised: NoisedObjects | None = None
 
 
 class SetCriterion(nn.Module):
     """Weighted losses of every decoder layer.
 
     The last layer's are `loss_ce`, `loss_bbox` and `loss_giou`; with deep supervision those of
-    the layers before it carry the suffixes `_0`, `_1`, … All are divided by sums over every
+    the layers before it carry the suffixes `_0`, `_1`, … Those of an initialiser's proposals carry
+    `_enc`, those of denoising queries `_dn` before the layer's. All are divided by sums over every
     image of the optimizer step, on all processes, so that the gradient does not depend on how
     the images are spread over processes and accumulation steps.
     """
@@ -39,7 +50,7 @@ class SetCriterion(nn.Module):
     ):
         """
         Args:
-            matcher: (outputs, targets) -> one assignment per output.
+            matcher: (outputs, targets of each) -> one assignment per output.
             classification: the class loss and its normaliser, e.g. SoftmaxClassification.
             deep_supervision: whether the layers before the last have losses of their own.
         """
@@ -53,13 +64,14 @@ class SetCriterion(nn.Module):
 
     def forward(
         self,
-        outputs: Sequence[LayerOutput],
+        predictions: Predictions,
         targets: Sequence[Target],
         object_counts: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
-            outputs: logits (B, Q, K) and boxes (B, Q, 4), one entry per decoder layer.
+            predictions: of the transformer: logits (B, Q, K) and boxes (B, Q, 4) of every decoder
+                layer, perhaps proposals and denoising queries.
             targets: one entry per image.
             object_counts: number of objects in each image of this process that shares the
                 optimizer step; by default the images of `targets`. Gradient accumulation passes
@@ -70,32 +82,64 @@ class SetCriterion(nn.Module):
         """
         if object_counts is None:
             object_counts = [len(target.classes) for target in targets]
-        if not self.deep_supervision:
-            outputs = outputs[-1:]
-        device = outputs[0].logits.device
-        with torch.autocast(device.type, enabled=False):
-            outputs = [LayerOutput(o.logits.float(), o.boxes.float()) for o in outputs]
-            assignments = self.matcher(outputs, targets)
-            located = [_locate(assignment, targets, device) for assignment in assignments]
-            classes = torch.cat([target.classes for target in targets])
-            boxes = torch.cat([target.boxes.float() for target in targets])
+        last = predictions.layers[-1].logits
+        with torch.autocast(last.device.type, enabled=False):
+            supervised = self._supervised(predictions, targets)
+            assignments = self._assign(supervised)
             normalizers = self._normalizers(
-                outputs[-1].logits.shape[1], list(object_counts), device
+                [each.output.logits.shape[1] for each in supervised],
+                list(object_counts),
+                last.device,
             )
-            losses = {}
-            for index, (output, (pairs, matched)) in enumerate(zip(outputs, located, strict=True)):
-                suffix = "" if index == len(outputs) - 1 else f"_{index}"
-                layer = self._layer_losses(
-                    output, pairs, classes[matched], boxes[matched], *normalizers
-                )
-                losses.update({f"{name}{suffix}": loss for name, loss in layer.items()})
-            pairs, matched = located[-1]
-            self._write_diagnostics(outputs[-1].logits, pairs, classes[matched], targets)
+            losses: dict[str, Tensor] = {}
+            for each, assignment, normalizer in zip(
+                supervised, assignments, normalizers, strict=True
+            ):
+                pairs, matched = _locate(assignment, each.targets, last.device)
+                classes = torch.cat([target.classes for target in each.targets])[matched]
+                boxes = torch.cat([target.boxes.float() for target in each.targets])[matched]
+                layer = self._layer_losses(each, pairs, classes, boxes, *normalizer)
+                losses.update({f"{name}{each.suffix}": loss for name, loss in layer.items()})
+                if not each.suffix:
+                    self._write_diagnostics(each.output.logits, pairs, classes, targets)
         return losses
+
+    def _supervised(self, predictions: Predictions, targets: Sequence[Target]) -> list[_Supervised]:
+        """Everything that has losses, in float32."""
+        suffixes = [f"_{index}" for index in range(len(predictions.layers) - 1)] + [""]
+        kept = slice(None) if self.deep_supervision else slice(-1, None)
+        supervised = [
+            _Supervised(output, suffix, targets)
+            for output, suffix in list(zip(predictions.layers, suffixes, strict=True))[kept]
+        ]
+        proposals, noised = predictions.proposals, predictions.noised
+        if proposals is not None:
+            if proposals.class_agnostic:
+                targets = [Target(torch.zeros_like(t.classes), t.boxes) for t in targets]
+            supervised.append(_Supervised(proposals.output, "_enc", targets))
+        if noised is not None:
+            supervised += [
+                _Supervised(output, f"_dn{suffix}", supervised[0].targets, noised)
+                for output, suffix in list(zip(predictions.denoising, suffixes, strict=True))[kept]
+            ]
+        return [
+            each._replace(output=LayerOutput(each.output.logits.float(), each.output.boxes.float()))
+            for each in supervised
+        ]
+
+    def _assign(self, supervised: Sequence[_Supervised]) -> list[Assignment]:
+        """Matches what brings no assignment of its own; all at once, see `HungarianMatcher`."""
+        unknown = [each for each in supervised if each.noised is None]
+        matched = iter(
+            self.matcher([each.output for each in unknown], [each.targets for each in unknown])
+        )
+        return [
+            next(matched) if each.noised is None else each.noised.assignment for each in supervised
+        ]
 
     def _layer_losses(
         self,
-        output: LayerOutput,
+        supervised: _Supervised,
         pairs: tuple[Tensor, Tensor],
         classes: Tensor,
         boxes: Tensor,
@@ -103,38 +147,46 @@ class SetCriterion(nn.Module):
         class_normalizer: Tensor,
     ) -> dict[str, Tensor]:
         """Losses of one layer, from (image, query), class (P,) and box (P, 4) of each pair."""
+        output, noised = supervised.output, supervised.noised
         target_classes = torch.full(
             output.logits.shape[:2], self.classification.num_classes, device=boxes.device
         )
         target_classes[pairs] = classes
-        loss_ce = self.classification.loss(output.logits, target_classes, class_normalizer)
+        loss_ce = self.classification.loss(
+            output.logits,
+            target_classes,
+            class_normalizer,
+            valid=None if noised is None else noised.valid,
+        )
         predicted = output.boxes[pairs]
+        # Every object is there once in each group of denoising queries.
+        groups = 1 if noised is None else noised.num_groups
         return {
-            "loss_ce": self.class_weight * loss_ce,
-            "loss_bbox": self.l1_weight * l1_box_loss(predicted, boxes) / num_boxes,
-            "loss_giou": self.giou_weight * giou_box_loss(predicted, boxes) / num_boxes,
+            "loss_ce": self.class_weight * loss_ce / groups,
+            "loss_bbox": self.l1_weight * l1_box_loss(predicted, boxes) / (num_boxes * groups),
+            "loss_giou": self.giou_weight * giou_box_loss(predicted, boxes) / (num_boxes * groups),
         }
 
     def _normalizers(
-        self, num_queries: int, object_counts: list[int], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Number of boxes and class normaliser per process, averaged over all processes.
+        self, num_queries: Sequence[int], object_counts: list[int], device: torch.device
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Number of boxes and class normaliser per process, averaged over all processes, for each
+        of the supervised outputs.
 
         Distributed training averages gradients, so the average makes the sum over processes
         equal to one process with all images. At least one box, for batches without any.
         """
         sums = torch.tensor(
-            [
-                float(sum(object_counts)),
-                self.classification.normalizer(num_queries, object_counts),
-            ]
+            [float(sum(object_counts))]
+            + [self.classification.normalizer(number, object_counts) for number in num_queries]
         ).to(device, non_blocking=True)
         world_size = comm.get_world_size()
         if world_size > 1:
             torch.distributed.all_reduce(sums)
-        num_boxes, class_normalizer = sums.unbind()
-        # At least 1 box; the class weights sum to zero only without objects and NO_OBJECT_WEIGHT 0.
-        return num_boxes.clamp(min=1) / world_size, class_normalizer.clamp(min=1e-6) / world_size
+        num_boxes = sums[0].clamp(min=1) / world_size
+        # Class weights sum to zero only without objects and NO_OBJECT_WEIGHT 0.
+        smallest = self.classification.smallest_normalizer
+        return [(num_boxes, each.clamp(min=smallest) / world_size) for each in sums[1:]]
 
     @torch.no_grad()
     def _write_diagnostics(

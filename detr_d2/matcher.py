@@ -34,20 +34,22 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, outputs: Sequence[LayerOutput], targets: Sequence[Target]
+        self, outputs: Sequence[LayerOutput], targets: Sequence[Sequence[Target]]
     ) -> list[Assignment]:
         """
         Args:
             outputs: one entry per decoder layer, logits (B, Q, K) and boxes (B, Q, 4); Q may
                 differ between entries.
-            targets: one entry per image.
+            targets: for each of them, one entry per image; classes may differ, objects may not.
 
         Returns:
             One assignment per entry of `outputs`, on the CPU, sorted by image and query.
         """
-        counts = [len(target.classes) for target in targets]
-        classes, boxes = _pad(targets)
-        costs = [self.pair_costs(output, classes, boxes) for output in outputs]
+        counts = [len(target.classes) for target in targets[0]]
+        costs = [
+            self.pair_costs(output, *_pad(each))
+            for output, each in zip(outputs, targets, strict=True)
+        ]
         # The only time in a step that the host waits for the device: one transfer for all layers.
         host = torch.cat([cost.flatten() for cost in costs]).cpu()
         per_layer = host.split([cost.numel() for cost in costs])

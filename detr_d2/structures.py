@@ -1,7 +1,8 @@
 """What travels between the parts of the detector.
 
-Shapes: B images, S memory tokens (all levels of all maps, row by row), L levels, Q queries,
-C channels, K logits per query. Boxes are cxcywh, normalised to the unpadded image.
+Shapes: B images, S memory tokens (all levels, from fine to coarse, row by row), L levels,
+Q queries, C channels, K logits per query, D denoising queries. Boxes are cxcywh, normalised to the
+unpadded image.
 Masks are True where something is to be ignored.
 """
 
@@ -23,24 +24,20 @@ class Memory:
     """(B, S, C) position embedding, added to queries and keys of attention, never to values"""
     padding: Tensor
     """(B, S) bool, True where a token lies on padding"""
-    level_shapes: Tensor
-    """(L, 2) int64 on the CPU: height and width of each level"""
+    level_shapes: tuple[tuple[int, int], ...]
+    """height and width of each of the L levels, known on the host"""
     valid_ratios: Tensor
     """(B, L, 2) unpadded share of each level's width and height"""
 
 
-@dataclass
-class Queries:
-    """What the decoder starts from."""
+class QueryPosition(NamedTuple):
+    """What a layer is told about the places its queries stand for."""
 
-    content: Tensor
-    """(B, Q, C)"""
-    position: Tensor | None = None
-    """(B, Q, C) position embedding of the queries"""
-    reference: Tensor | None = None
-    """(B, Q, 2 or 4) reference points or boxes"""
-    attention_mask: Tensor | None = None
-    """(Q, Q) bool, True where the row may not attend to the column"""
+    embedding: Tensor
+    """(B, Q, C) added to the content, or projected and added"""
+    spatial: Tensor | None = None
+    """(B, Q, C) in the space of the memory's positions, for attention that compares the two apart
+    from the content"""
 
 
 class LayerOutput(NamedTuple):
@@ -71,3 +68,51 @@ class Assignment(NamedTuple):
     """(P,) int64"""
     objects: Tensor
     """(P,) int64"""
+
+
+@dataclass
+class Queries:
+    """What the decoder starts from."""
+
+    content: Tensor
+    """(B, Q, C)"""
+    position: Tensor | None = None
+    """(B, Q, C) position embedding of the queries"""
+    reference: Tensor | None = None
+    """(B, Q, 2 or 4) reference points or boxes, in [0, 1]"""
+    attention_mask: Tensor | None = None
+    """(B or 1, Q, Q) bool, True where the row may not attend to the column"""
+    denoising: NoisedObjects | None = None
+    """the first of the queries, where they are ground truth with noise"""
+
+
+@dataclass
+class NoisedObjects:
+    """Queries made from ground truth, which need no matching: D of each image, in G groups."""
+
+    assignment: Assignment
+    """which object each of them is to recover; negatives are not in it"""
+    valid: Tensor
+    """(B, D) bool, False where an image has fewer objects than the fullest one"""
+    num_groups: int
+    """G, how often every object appears in the assignment"""
+
+
+class Proposals(NamedTuple):
+    """What a query initialiser predicts, to be supervised."""
+
+    output: LayerOutput
+    class_agnostic: bool = False
+    """whether its first class stands for any object"""
+
+
+@dataclass
+class Predictions:
+    """Everything the transformer says, and what is known about it."""
+
+    layers: list[LayerOutput]
+    """one per decoder layer, of the queries that are matched"""
+    proposals: Proposals | None = None
+    denoising: list[LayerOutput] | None = None
+    """one per decoder layer, of the D denoising queries"""
+    noised: NoisedObjects | None = None

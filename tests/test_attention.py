@@ -6,8 +6,8 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from detr_d2.errors import UserError
-from detr_d2.modeling.attention import MultiHeadAttention, PlainCrossAttention, SelfAttention
-from detr_d2.structures import Memory
+from detr_d2.modeling.attention import MultiHeadAttention, PlainAttention, SelfAttention
+from detr_d2.structures import Memory, QueryPosition
 
 C, HEADS = 16, 4
 
@@ -66,14 +66,14 @@ def test_self_attention_adds_positions_to_queries_and_keys_only():
 
 def test_cross_attention_adds_positions_to_queries_and_keys_only():
     torch.manual_seed(0)
-    attention = random_biases(PlainCrossAttention(C, HEADS))
+    attention = random_biases(PlainAttention(C, HEADS))
     content, position = torch.randn(2, 3, C), torch.randn(2, 3, C)
     padding = torch.tensor([[False] * 4 + [True] * 2, [False] * 6])
     memory = Memory(
         tokens=torch.randn(2, 6, C),
         positions=torch.randn(2, 6, C),
         padding=padding,
-        level_shapes=torch.tensor([[2, 3]]),
+        level_shapes=((2, 3),),
         valid_ratios=torch.ones(2, 1, 2),
     )
     expected, _ = torch_attention(attention)(
@@ -82,7 +82,7 @@ def test_cross_attention_adds_positions_to_queries_and_keys_only():
         memory.tokens,
         key_padding_mask=padding,
     )
-    actual = attention(content, position, memory)
+    actual = attention(content, QueryPosition(position), memory)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 

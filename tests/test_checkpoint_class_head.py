@@ -123,6 +123,177 @@ def test_as_many_other_classes_are_loaded_unchanged_with_a_warning():
     assert "'a', 'b'" in report.notes[0] and "'c', 'd'" in report.notes[0]
 
 
+# ------------------------------------------------------------- sigmoid heads and what has rows too
+
+SIGMOID_HEAD = "transformer.decoder.heads.2.class_head.weight"
+PROPOSALS = "transformer.queries.head.class_head.weight"
+LABELS = "transformer.denoising.label_embedding.weight"
+POSITION_PROJ = "transformer.queries.position_proj.weight"
+
+
+def official_dino(rows: int, labels: int) -> dict[str, torch.Tensor]:
+    """As few tensors as an official DINO is recognised by, with rows for classes."""
+    return {
+        "backbone.0.body.conv1.weight": head(1),
+        "transformer.level_embed": head(1),
+        "transformer.enc_out_class_embed.weight": head(rows),
+        "class_embed.0.weight": head(rows),
+        "label_enc.weight": head(labels),
+    }
+
+
+def fit_sigmoid(source: dict, sizes: dict, names=None, **options):
+    """The rows of each tensor of a sigmoid model; `sizes`: name -> number of rows."""
+    model = {name: head(size, 1000) for name, size in sizes.items()}
+    state, report = fit_checkpoint(
+        {"model": source}, model, "f.pth", names, no_object=False, **options
+    )
+    return {name: tensor[:, 0].tolist() for name, tensor in state.items()}, report
+
+
+DINO_HEAD = "transformer.decoder.heads.0.class_head.weight"
+DINO = {DINO_HEAD: 91, PROPOSALS: 91, LABELS: 92, "neck.level_embedding": 1}
+DINO["backbone.stem.conv1.weight"] = 1
+
+
+def test_sigmoid_coco_heads_are_loaded_unchanged():
+    rows, report = fit_sigmoid(official_dino(91, 92), DINO)
+    assert report.exact and not report.notes
+    assert rows[DINO_HEAD] == rows[PROPOSALS] == list(range(91))
+
+
+def test_sigmoid_coco_heads_map_to_contiguous_classes():
+    sizes = DINO | {DINO_HEAD: 80, PROPOSALS: 80, LABELS: 81}
+    rows, report = fit_sigmoid(official_dino(91, 92), sizes)
+    expected = [i for i in range(1, 91) if i not in HOLES]
+    assert rows[DINO_HEAD] == rows[PROPOSALS] == expected
+    assert rows[LABELS] == [*expected, 91]
+    assert report.new_classes == 0 and not report.initial
+
+
+def test_sigmoid_heads_map_by_name():
+    sizes = DINO | {DINO_HEAD: 3, PROPOSALS: 3, LABELS: 4}
+    rows, report = fit_sigmoid(official_dino(91, 92), sizes, ["unicorn", "stop sign", "person"])
+    assert rows[DINO_HEAD] == rows[PROPOSALS] == [1000, 13, 1]
+    assert rows[LABELS] == [1000, 13, 1, 91]
+    assert report.new_classes == 1
+
+
+def test_more_labels_than_classes():
+    """DINO's label book may be larger than its class head; its last row is still "no label"."""
+    sizes = DINO | {DINO_HEAD: 91, PROPOSALS: 91, LABELS: 92}
+    rows, report = fit_sigmoid(official_dino(91, 101), sizes)
+    assert rows[LABELS] == [*range(91), 100]
+    assert report.fitted == [LABELS]
+
+
+def test_new_sigmoid_class_head():
+    rows, report = fit_sigmoid(official_dino(91, 92), DINO, new_class_head=True)
+    assert rows[DINO_HEAD] == rows[PROPOSALS] == [1000 + i for i in range(91)]
+    assert rows[LABELS] == [1000 + i for i in range(91)] + [91]
+    assert report.new_classes == 91
+
+
+@pytest.mark.parametrize("new_class_head", [False, True])
+def test_row_0_of_class_agnostic_proposals_stays(new_class_head):
+    source = {SIGMOID_HEAD: head(91), PROPOSALS: head(91), POSITION_PROJ: head(1)}
+    sizes = {SIGMOID_HEAD: 2, PROPOSALS: 2, POSITION_PROJ: 1}
+    rows, report = fit_sigmoid(source, sizes, ["dog", "cat"], new_class_head=new_class_head)
+    assert rows[SIGMOID_HEAD] == ([1000, 1001] if new_class_head else [18, 17])
+    assert rows[PROPOSALS] == [0, 1001 if new_class_head else 17]
+    assert report.new_classes == (2 if new_class_head else 0)
+
+
+@pytest.mark.parametrize("no_object", [False, True])
+def test_class_names_tell_whether_own_heads_end_with_no_object(no_object):
+    """Three classes, of which the model has two, in another order."""
+    source = {
+        "model": {HEAD: head(3 + no_object), QUERIES: head(1)},
+        "class_names": ["a", "b", "c"],
+    }
+    for wanted in (False, True):
+        model = {HEAD: head(2 + wanted, 1000), QUERIES: head(1)}
+        state, report = fit_checkpoint(source, model, "f.pth", ["c", "a"], no_object=wanted)
+        last = [3 if no_object else 1002] if wanted else []
+        assert state[HEAD][:, 0].tolist() == [2, 0, *last]
+        assert report.new_classes == 0
+        assert any("softmax" in note for note in report.notes) == (wanted != no_object)
+
+
+def test_official_heads_are_known_to_be_of_one_kind():
+    """Softmax where the format has it, whatever the model has, and no row is taken for another."""
+    source = {"model": official_dino(91, 92)}
+    sizes = DINO | {DINO_HEAD: 92, PROPOSALS: 92}
+    model = {name: head(size, 1000) for name, size in sizes.items()}
+    state, report = fit_checkpoint(source, model, "f.pth")
+    assert state[DINO_HEAD][:, 0].tolist() == [*range(91), 1091]
+    assert any("sigmoid, the model has softmax" in note for note in report.notes)
+
+    source = {"backbone.0.body.conv1.weight": head(1), "class_embed.weight": head(92)}
+    rows, _ = fit_sigmoid(source, {DINO_HEAD: 91, "backbone.stem.conv1.weight": 1})
+    assert rows[DINO_HEAD] == list(range(91))
+
+
+def test_number_of_learned_boxes_and_contents_may_differ_but_no_other_shape():
+    names = [f"transformer.queries.{name}.weight" for name in ("anchors", "content", "memory_proj")]
+    model = {name: head(8, 1000) for name in names}
+    state, report = fit_checkpoint({"model": {name: head(5) for name in names}}, model, "f.pth")
+    assert list(state) == report.fitted == names[:2]
+    assert all(
+        tensor[:, 0].tolist() == [0, 1, 2, 3, 4, 1005, 1006, 1007] for tensor in state.values()
+    )
+    assert report.initial == names[2:] and any("memory_proj" in note for note in report.notes)
+
+
+# --------------------------------------------------------------------------- one head or several
+
+
+def heads_of(*values: float) -> dict[str, torch.Tensor]:
+    """Box heads of as many decoder layers."""
+    return {
+        f"transformer.decoder.heads.{layer}.box_head.layers.0.weight": head(4, value)
+        for layer, value in enumerate(values)
+    }
+
+
+def test_one_head_becomes_one_for_each_layer():
+    source = {QUERIES: head(1), **heads_of(5)}
+    model = {QUERIES: head(1), **heads_of(0, 0, 0)}
+    state, report = fit_checkpoint({"model": source}, model, "f.pth")
+    values = [state[name][0, 0] for name in heads_of(0, 0, 0)]
+    assert values == [5, 5, 5]
+    assert not report.exact and "copy" in report.notes[0]
+
+
+def test_equal_heads_become_one():
+    source = {QUERIES: head(1), **heads_of(5, 5, 5)}
+    state, report = fit_checkpoint({"model": source}, {QUERIES: head(1), **heads_of(0)}, "f.pth")
+    assert report.exact and not report.notes
+    assert state[next(iter(heads_of(0)))][0, 0] == 5
+
+
+def test_of_different_heads_the_first_is_loaded_loudly():
+    source = {QUERIES: head(1), **heads_of(5, 6, 7)}
+    model = {QUERIES: head(1), **heads_of(0)}
+    state, report = fit_checkpoint({"model": source}, model, "f.pth")
+    assert state[next(iter(heads_of(0)))][0, 0] == 5
+    assert report.ignored == list(heads_of(5, 6, 7))[1:]
+    assert "MODEL.DETR.SHARED_HEADS" in report.notes[0]
+
+
+def test_fewer_or_more_layers_with_a_head_each():
+    """Not a case of shared heads: what both have is loaded, nothing is copied."""
+    for theirs, ours in ((2, 3), (3, 2)):
+        source = {QUERIES: head(1), **heads_of(*range(theirs))}
+        model = {QUERIES: head(1), **heads_of(*[9] * ours)}
+        state, report = fit_checkpoint({"model": source}, model, "f.pth")
+        assert len(state) == 3 and not report.notes
+        assert [state[name][0, 0] for name in heads_of(0, 0)] == [0, 1]
+
+
+# -------------------------------------------------------------------------------------- queries
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(5, 8), (8, 5)])
 def test_number_of_queries_may_differ(theirs, ours, caplog):
     checkpoint = {"model": {QUERIES: head(theirs)}}

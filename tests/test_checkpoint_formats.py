@@ -287,6 +287,13 @@ def test_torchvision_bottlenecks(tmp_path):
     torch.testing.assert_close(actual, body(image))
 
 
+def test_backbone_with_a_tensor_more(tmp_path, model):
+    """As forks of a classifier have them."""
+    state = torchvision_body().state_dict() | {"projector.weight": torch.zeros(1)}
+    report, _ = load_weights(model, save(tmp_path, state))
+    assert report.transformer_untrained and "projector.weight" in report.ignored
+
+
 def timm_config(name: str):
     cfg = small_config()
     cfg.MODEL.BACKBONE.NAME = "build_timm_backbone"

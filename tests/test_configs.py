@@ -13,21 +13,80 @@ from detr_d2 import get_detr_cfg
 
 from .helpers import CONFIGS
 
-# 41,524,768 is the original's DETR R50, with 91 classes. A class has 256 weights and a bias.
-R50 = 41_524_768 - 11 * 257
-R101 = 60_464_672 - 11 * 257
-PARAMETERS = {
-    "COCO-Detection/detr_R_50_500ep.yaml": R50,
-    "COCO-Detection/detr_R_50_DC5_500ep.yaml": R50,
-    "COCO-Detection/detr_R_101_500ep.yaml": R101,
-    "COCO-Detection/detr_R_101_DC5_500ep.yaml": R101,
-    "DigitScenes/detr_tiny.yaml": 2_141_999,
+# With the published 91 classes, as the original has them.
+OFFICIAL = {
+    "detr_R_50_500ep": 41_524_768,
+    "detr_R_50_DC5_500ep": 41_524_768,
+    "detr_R_101_500ep": 60_464_672,
+    "detr_R_101_DC5_500ep": 60_464_672,
 }
+# A class has 256 weights and a bias.
+PARAMETERS = {
+    **{f"COCO-Detection/{name}.yaml": count - 11 * 257 for name, count in OFFICIAL.items()},
+    "COCO-Detection/conditional_detr_R_50_50ep.yaml": 43_415_574,
+    "COCO-Detection/conditional_detr_R_50_DC5_50ep.yaml": 43_415_574,
+    "COCO-Detection/conditional_detr_R_101_50ep.yaml": 62_355_478,
+    "COCO-Detection/conditional_detr_R_101_DC5_50ep.yaml": 62_355_478,
+    "COCO-Detection/dab_detr_R_50_50ep.yaml": 43_668_690,
+    "COCO-Detection/dab_detr_R_50_DC5_50ep.yaml": 43_668_690,
+    "COCO-Detection/dab_detr_R_101_50ep.yaml": 62_608_594,
+    "COCO-Detection/dab_detr_R_101_DC5_50ep.yaml": 62_608_594,
+    "COCO-Detection/dn_detr_R_50_50ep.yaml": 43_689_345,
+    "COCO-Detection/dn_detr_R_50_DC5_50ep.yaml": 43_689_345,
+    "COCO-Detection/dn_detr_R_101_50ep.yaml": 62_629_249,
+    "COCO-Detection/dn_detr_R_101_DC5_50ep.yaml": 62_629_249,
+    "COCO-Detection/deformable_detr_R_50_50ep.yaml": 40_066_838,
+    "COCO-Detection/deformable_detr_refine_R_50_50ep.yaml": 40_832_698,
+    "COCO-Detection/deformable_detr_two_stage_R_50_50ep.yaml": 41_161_740,
+    "COCO-Detection/dino_4scale_R_50_12ep.yaml": 46_884_712,
+    "COCO-Detection/dino_4scale_R_50_24ep.yaml": 46_884_712,
+    "COCO-Detection/dino_4scale_R_50_36ep.yaml": 46_884_712,
+    "COCO-Detection/dino_5scale_R_50_12ep.yaml": 47_247_336,
+    "DigitScenes/detr_tiny.yaml": 2_141_999,
+    "DigitScenes/conditional_tiny.yaml": 2_406_320,
+    "DigitScenes/dab_tiny.yaml": 2_486_278,
+    "DigitScenes/dn_tiny.yaml": 2_487_675,
+    "DigitScenes/deformable_tiny.yaml": 2_214_800,
+    "DigitScenes/deformable_refine_tiny.yaml": 2_284_460,
+    "DigitScenes/deformable_two_stage_tiny.yaml": 2_396_984,
+    "DigitScenes/dino_tiny.yaml": 2_314_652,
+    "DigitScenes/fast_tiny.yaml": 2_506_174,
+}
+# From the authors' repositories; R101 of DAB and DN from their papers' tables.
 PUBLISHED_AP = {
-    "COCO-Detection/detr_R_50_500ep.yaml": "AP 42.0, AP50 62.4",
-    "COCO-Detection/detr_R_50_DC5_500ep.yaml": "AP 43.3, AP50 63.1",
-    "COCO-Detection/detr_R_101_500ep.yaml": "AP 43.5, AP50 63.8",
-    "COCO-Detection/detr_R_101_DC5_500ep.yaml": "AP 44.9, AP50 64.7",
+    "detr_R_50_500ep": "AP 42.0, AP50 62.4",
+    "detr_R_50_DC5_500ep": "AP 43.3, AP50 63.1",
+    "detr_R_101_500ep": "AP 43.5, AP50 63.8",
+    "detr_R_101_DC5_500ep": "AP 44.9, AP50 64.7",
+    "conditional_detr_R_50_50ep": "AP 41.0",
+    "conditional_detr_R_50_DC5_50ep": "AP 43.7",
+    "conditional_detr_R_101_50ep": "AP 42.8",
+    "conditional_detr_R_101_DC5_50ep": "AP 45.0",
+    "dab_detr_R_50_50ep": "AP 42.2",
+    "dab_detr_R_50_DC5_50ep": "AP 44.5",
+    "dab_detr_R_101_50ep": "AP 43.5",
+    "dab_detr_R_101_DC5_50ep": "AP 45.8",
+    "dn_detr_R_50_50ep": "AP 44.4",
+    "dn_detr_R_50_DC5_50ep": "AP 46.3",
+    "dn_detr_R_101_50ep": "AP 45.2",
+    "dn_detr_R_101_DC5_50ep": "AP 47.3",
+    "deformable_detr_R_50_50ep": "AP 44.5",
+    "deformable_detr_refine_R_50_50ep": "AP 46.2",
+    "deformable_detr_two_stage_R_50_50ep": "AP 46.9",
+    "dino_4scale_R_50_12ep": "AP 49.0",
+    "dino_4scale_R_50_24ep": "AP 50.4",
+    "dino_4scale_R_50_36ep": "AP 50.9",
+    "dino_5scale_R_50_12ep": "AP 49.4",
+}
+# The papers' recipes: images per step, learning rate, queries, detections, dropout.
+RECIPES = {
+    "detr": (64, 1e-4, 100, 100, 0.1),
+    "conditional_detr": (16, 1e-4, 300, 100, 0.1),
+    "dab_detr": (16, 1e-4, 300, 300, 0.0),
+    "dn_detr": (16, 1e-4, 300, 300, 0.0),
+    "deformable_detr": (32, 2e-4, 300, 100, 0.1),
+    "dino_4scale": (16, 1e-4, 900, 300, 0.0),
+    "dino_5scale": (16, 1e-4, 900, 300, 0.0),
 }
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/*.yaml"))
 
@@ -89,7 +148,7 @@ def test_parameters_by_part(depth):
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("COCO-Detection")])
 def test_the_first_comment_gives_the_published_ap_and_where_it_stands(name):
     first = (CONFIGS / name).read_text().splitlines()[0]
-    assert first.startswith(f"# {PUBLISHED_AP[name]} on COCO val2017")
+    assert first.startswith(f"# {PUBLISHED_AP[Path(name).stem]} on COCO val2017")
     assert re.search(r"\(https://\S+\)$", first)
 
 
@@ -97,10 +156,34 @@ def test_the_first_comment_gives_the_published_ap_and_where_it_stands(name):
 def test_deltas_on_a_base(name):
     """A key whose value is the base's has no place in a delta."""
     delta = yaml.safe_load((CONFIGS / name).read_text())
-    base = load((Path(name).parent / delta.pop("_BASE_")).as_posix())
+    base_name = delta.pop("_BASE_")
+    base = load((Path(name).parent / base_name).as_posix())
     own = flatten(delta)
-    assert len(own) <= 3
+    # The first config of a variant says what it is, the others what they change.
+    assert len(own) <= (24 if base_name.startswith("..") else 4)
     assert [key for key, value in own.items() if value == flatten(base)[key]] == []
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("COCO-Detection")])
+def test_recipes(name):
+    cfg, solver = load(name), load(name).SOLVER
+    variant, epochs = re.fullmatch(r"(\w+)_R_\d+_(?:DC5_)?(\d+)ep", Path(name).stem).groups()
+    batch, learning_rate, queries, detections, dropout = RECIPES[
+        variant.split("_r")[0].split("_t")[0]
+    ]
+    drop = {500: 400, 50: 40, 12: 11, 24: 20, 36: 30}[int(epochs)]
+    schedule = (solver.EPOCHS, solver.STEP_EPOCHS, solver.IMS_PER_BATCH, solver.BASE_LR)
+    assert schedule == (int(epochs), [drop], batch, learning_rate)
+    multipliers = (solver.BACKBONE_MULTIPLIER, solver.SAMPLING_MULTIPLIER)
+    assert multipliers == (0.1, 0.1 if variant.startswith("deformable") else 1.0)
+    model = (
+        cfg.MODEL.DETR.NUM_OBJECT_QUERIES,
+        cfg.TEST.DETECTIONS_PER_IMAGE,
+        cfg.MODEL.DETR.DROPOUT,
+    )
+    assert model == (queries, detections, dropout)
+    crop = (cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, tuple(cfg.INPUT.CROP.SIZE))
+    assert crop == (True, "absolute_range", (384, 600))
 
 
 def flatten(node: dict, prefix: str = "") -> dict:

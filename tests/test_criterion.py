@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from detr_d2.criterion import cardinality_error, class_error
 from detr_d2.modeling.heads import SoftmaxClassification
-from detr_d2.structures import LayerOutput, Target
+from detr_d2.structures import LayerOutput, Predictions, Target
 
 from .helpers import (
     NUM_CLASSES,
@@ -39,7 +39,7 @@ def values(losses):
 
 
 def test_one_image_by_hand():
-    losses = make_criterion(num_classes=2)([LayerOutput(LOGITS, BOXES)], [TARGET])
+    losses = make_criterion(num_classes=2)(Predictions([LayerOutput(LOGITS, BOXES)]), [TARGET])
     assert values(losses) == pytest.approx(
         {
             # Weighted mean over both queries: the second has no object, its weight is 0.1.
@@ -57,7 +57,7 @@ def test_normalised_by_boxes_of_the_batch_not_by_images():
     classes = torch.tensor([1, 0])
     logits = torch.log(torch.tensor([[1.0, 2.0, 1.0], [2.0, 1.0, 1.0]]))
     output = LayerOutput(torch.cat((LOGITS, logits[None])), torch.cat((BOXES, boxes[None])))
-    losses = make_criterion(num_classes=2)([output], [TARGET, Target(classes, boxes)])
+    losses = make_criterion(num_classes=2)(Predictions([output]), [TARGET, Target(classes, boxes)])
     assert values(losses) == pytest.approx(
         {
             "loss_ce": (-3 * math.log(1 / 2) - 0.1 * math.log(3 / 4)) / 3.1,
@@ -68,7 +68,7 @@ def test_normalised_by_boxes_of_the_batch_not_by_images():
 
 
 def test_names_of_deep_supervision():
-    losses = make_criterion()(random_outputs(2, layers=6), random_targets([3, 2]))
+    losses = make_criterion()(Predictions(random_outputs(2, layers=6)), random_targets([3, 2]))
     kinds = ("loss_ce", "loss_bbox", "loss_giou")
     suffixes = ("", "_0", "_1", "_2", "_3", "_4")
     assert set(losses) == {kind + suffix for kind in kinds for suffix in suffixes}
@@ -76,23 +76,23 @@ def test_names_of_deep_supervision():
 
 def test_every_layer_is_matched_and_compared_on_its_own():
     outputs, targets = random_outputs(2, layers=3), random_targets([3, 2])
-    losses = make_criterion()(outputs, targets)
+    losses = make_criterion()(Predictions(outputs), targets)
     for suffix, output in zip(("_0", "_1", ""), outputs, strict=True):
-        alone = make_criterion()([output], targets)
+        alone = make_criterion()(Predictions([output]), targets)
         for name, loss in alone.items():
             assert losses[name + suffix].item() == pytest.approx(loss.item()), name + suffix
 
 
 def test_without_deep_supervision_only_the_last_layer_counts():
     outputs, targets = random_outputs(2, layers=3), random_targets([3, 2])
-    losses = make_criterion(deep_supervision=False)(outputs, targets)
-    assert values(losses) == values(make_criterion()(outputs[-1:], targets))
+    losses = make_criterion(deep_supervision=False)(Predictions(outputs), targets)
+    assert values(losses) == values(make_criterion()(Predictions(outputs[-1:]), targets))
 
 
 def test_weights():
     outputs, targets = random_outputs(2, layers=2), random_targets([3, 2])
-    plain = values(make_criterion((1, 1, 1))(outputs, targets))
-    weighted = values(make_criterion((2, 3, 7))(outputs, targets))
+    plain = values(make_criterion((1, 1, 1))(Predictions(outputs), targets))
+    weighted = values(make_criterion((2, 3, 7))(Predictions(outputs), targets))
     factors = {"loss_ce": 2, "loss_bbox": 3, "loss_giou": 7}
     expected = {name: plain[name] * factors[name.removesuffix("_0")] for name in plain}
     assert weighted == pytest.approx(expected)
@@ -118,7 +118,7 @@ def test_agrees_with_transformers(counts):
         torch.stack([output.boxes for output in outputs]),
     )
     weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
-    losses = make_criterion()(outputs, targets)
+    losses = make_criterion()(Predictions(outputs), targets)
     for name, loss in losses.items():
         weight = weights["_".join(name.split("_")[:2])]
         assert loss.item() == pytest.approx(weight * hub_losses[name].item(), rel=1e-5), name
@@ -150,15 +150,14 @@ def test_every_parameter_gets_a_finite_gradient(counts, deep_supervision):
 def test_single_precision_whatever_the_outputs_are(dtype, autocast):
     low = [LayerOutput(*(t.detach().to(dtype) for t in o)) for o in random_outputs(2, layers=2)]
     targets = random_targets([3, 2])
-    expected = make_criterion()(
-        [LayerOutput(o.logits.float(), o.boxes.float()) for o in low], targets
-    )
+    single = [LayerOutput(o.logits.float(), o.boxes.float()) for o in low]
+    expected = make_criterion()(Predictions(single), targets)
     criterion, seen = make_criterion(), []
     criterion.matcher.register_forward_pre_hook(
         lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        losses = criterion(low, targets)
+        losses = criterion(Predictions(low), targets)
     assert seen == [False]
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     assert values(losses) == values(expected)
@@ -169,13 +168,13 @@ def test_accumulated_batches_are_the_whole_batch():
     counts = [3, 1, 9, 0]
     outputs, targets = random_outputs(4, layers=2), random_targets(counts)
     leaves = [t for output in outputs for t in output]
-    whole = make_criterion()(outputs, targets)
+    whole = make_criterion()(Predictions(outputs), targets)
     expected = torch.autograd.grad(total(whole), leaves)
 
     parts = []
     for images in (slice(0, 1), slice(1, 3), slice(3, 4)):
         part = [LayerOutput(o.logits[images], o.boxes[images]) for o in outputs]
-        parts.append(make_criterion()(part, targets[images], object_counts=counts))
+        parts.append(make_criterion()(Predictions(part), targets[images], object_counts=counts))
     for name, loss in whole.items():
         assert sum(part[name].item() for part in parts) == pytest.approx(loss.item(), rel=1e-5)
     actual = torch.autograd.grad(sum(total(part) for part in parts), leaves)
@@ -185,13 +184,13 @@ def test_accumulated_batches_are_the_whole_batch():
 def test_diagnostics_go_to_the_event_storage_only():
     output = LayerOutput(LOGITS, BOXES)
     with EventStorage(0) as storage:
-        losses = make_criterion(num_classes=2)([output], [TARGET])
+        losses = make_criterion(num_classes=2)(Predictions([output]), [TARGET])
         latest = {name: value for name, (value, _) in storage.latest().items()}
     assert set(losses) == {"loss_ce", "loss_bbox", "loss_giou"}
     # The matched query says class 0 and is right; one query of two says "object".
     assert latest == {"class_error": 0.0, "cardinality_error": 0.0}
     with EventStorage(1) as storage:
-        make_criterion(num_classes=2)([output], [TARGET])
+        make_criterion(num_classes=2)(Predictions([output]), [TARGET])
         assert storage.latest() == {}
 
 
@@ -236,10 +235,10 @@ def test_nothing_looks_at_a_value_on_the_host(monkeypatch):
     logging.getLogger("torch.profiler").setLevel(logging.ERROR)
     criterion = make_criterion()
     outputs, targets = random_outputs(2, layers=3), random_targets([3, 0])
-    assignments = criterion.matcher(outputs, targets)
+    assignments = criterion.matcher(outputs, [targets] * 3)
     monkeypatch.setattr("detr_d2.matcher._assign", lambda cost, counts: assignments.pop(0))
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        total(criterion(outputs, targets)).backward()
+        total(criterion(Predictions(outputs), targets)).backward()
     operators = {event.key for event in profiler.key_averages()}
     assert "aten::cdist" in operators or "aten::_cdist_forward" in operators
     assert any("IndexPut" in name or "IndexBackward" in name for name in operators)

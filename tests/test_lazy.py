@@ -30,7 +30,7 @@ def test_same_model_and_recipe(name):
 
     assert python.optimizer.lr == yaml.SOLVER.BASE_LR
     assert python.optimizer.params.weight_decay == yaml.SOLVER.WEIGHT_DECAY
-    assert python.optimizer.params.lr_factor_func.multiplier == yaml.SOLVER.BACKBONE_MULTIPLIER
+    assert python.optimizer.params.lr_factor_func.backbone == yaml.SOLVER.BACKBONE_MULTIPLIER
     assert python.train.max_gradient_norm == yaml.SOLVER.CLIP_GRADIENTS.CLIP_VALUE
     assert python.dataloader.train.total_batch_size == yaml.SOLVER.IMS_PER_BATCH
     assert python.train.init_checkpoint == yaml.MODEL.WEIGHTS

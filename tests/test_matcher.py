@@ -40,7 +40,7 @@ def cheapest_total(cost):
 def test_brute_force(matcher, queries, objects, seed):
     (output,) = random_outputs(1, queries, seed=seed)
     (target,) = random_targets([objects], seed=seed + 100)
-    (assignment,) = matcher([output], [target])
+    (assignment,) = matcher([output], [[target]])
     pairs = pairs_of(assignment, 0)
     assert len(pairs) == min(queries, objects)
     assert len({query for query, _ in pairs}) == len({obj for _, obj in pairs}) == len(pairs)
@@ -68,7 +68,7 @@ def test_cost_by_hand(matcher):
 
 
 def test_the_order_is_by_image_and_query(matcher):
-    (assignment,) = matcher(random_outputs(3), random_targets([4, 2, 5]))
+    (assignment,) = matcher(random_outputs(3), [random_targets([4, 2, 5])])
     places = list(zip(assignment.images.tolist(), assignment.queries.tolist(), strict=True))
     assert places == sorted(places)
     assert assignment.images.tolist() == [0] * 4 + [1] * 2 + [2] * 5
@@ -77,11 +77,11 @@ def test_the_order_is_by_image_and_query(matcher):
 def test_images_and_layers_do_not_see_each_other(matcher):
     outputs = random_outputs(3, layers=2)
     targets = random_targets([4, 0, 6])
-    together = matcher(outputs, targets)
+    together = matcher(outputs, [targets] * len(outputs))
     for layer, output in enumerate(outputs):
         for image, target in enumerate(targets):
             alone = LayerOutput(*(t[image : image + 1] for t in output))
-            (assignment,) = matcher([alone], [target])
+            (assignment,) = matcher([alone], [[target]])
             assert pairs_of(assignment, 0) == pairs_of(together[layer], image)
     assert pairs_of(together[0], 2) != pairs_of(together[1], 2)
 
@@ -89,15 +89,15 @@ def test_images_and_layers_do_not_see_each_other(matcher):
 def test_layers_may_differ_in_queries(matcher):
     few, many = random_outputs(2, queries=3)[0], random_outputs(2, queries=9)[0]
     targets = random_targets([2, 5])
-    together = matcher([few, many], targets)
+    together = matcher([few, many], [targets, targets])
     for assignment, output in zip(together, (few, many), strict=True):
-        (alone,) = matcher([output], targets)
+        (alone,) = matcher([output], [targets])
         assert all(torch.equal(a, b) for a, b in zip(assignment, alone, strict=True))
 
 
 @pytest.mark.parametrize("counts", [[0, 3], [3, 0], [0, 0]])
 def test_images_without_objects(matcher, counts):
-    (assignment,) = matcher(random_outputs(2), random_targets(counts))
+    (assignment,) = matcher(random_outputs(2), [random_targets(counts)])
     assert [len(pairs_of(assignment, image)) for image in range(2)] == counts
     assert all(indices.dtype == torch.int64 for indices in assignment)
 
@@ -105,7 +105,7 @@ def test_images_without_objects(matcher, counts):
 def test_identical_objects_get_different_queries(matcher):
     (target,) = random_targets([1])
     twice = Target(target.classes.repeat(3), target.boxes.repeat(3, 1))
-    (assignment,) = matcher(random_outputs(1), [twice])
+    (assignment,) = matcher(random_outputs(1), [[twice]])
     assert assignment.queries.unique().numel() == 3
 
 
@@ -115,7 +115,7 @@ def test_predictions_that_are_not_finite(matcher, part, value):
     output = LayerOutput(*(t.detach().clone() for t in random_outputs(2)[0]))
     getattr(output, part)[1, 3, 0] = value
     with pytest.raises(FloatingPointError, match="predicted NaN or infinite boxes or logits"):
-        matcher([output], random_targets([2, 2]))
+        matcher([output], [random_targets([2, 2])])
 
 
 def test_half_precision_is_matched_in_single(matcher):
@@ -133,7 +133,7 @@ def test_one_transfer_for_all_layers(matcher, monkeypatch):
     transfers = []
     to_cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(self) or to_cpu(self))
-    matcher(random_outputs(2, layers=6), random_targets([3, 4]))
+    matcher(random_outputs(2, layers=6), [random_targets([3, 4])] * 6)
     assert len(transfers) == 1
     # Six layers, two images, seven queries, the fullest image's four objects.
     assert transfers[0].numel() == 6 * 2 * 7 * 4

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detr_d2.box_ops import generalized_box_iou
 from detr_d2.modeling import Detr
-from detr_d2.structures import Assignment
+from detr_d2.structures import Assignment, Predictions
 
 from .helpers import make_criterion, random_inputs, random_outputs, random_targets, tiny_cfg
 
@@ -61,7 +61,7 @@ def fake_model(*options):
 
 def to_cuda(outputs, targets):
     outputs = [type(o)(*(t.detach().cuda().requires_grad_() for t in o)) for o in outputs]
-    return outputs, [type(target)(*(t.cuda() for t in target)) for target in targets]
+    return Predictions(outputs), [type(target)(*(t.cuda() for t in target)) for target in targets]
 
 
 class Transfers(TorchDispatchMode):
@@ -146,9 +146,9 @@ def test_a_part_on_another_device_is_noticed(stand_ins):
 
 def test_ground_truth_on_another_device_is_noticed(stand_ins):
     with FakeTensorMode():
-        outputs, _ = to_cuda(random_outputs(2), [])
+        predictions, _ = to_cuda(random_outputs(2), [])
         with pytest.raises(Exception, match="cuda:0, cpu|cpu, cuda:0|same device"):
-            make_criterion()(outputs, random_targets(COUNTS))
+            make_criterion()(predictions, random_targets(COUNTS))
 
 
 def test_a_look_at_a_value_is_noticed():

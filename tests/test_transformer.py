@@ -8,7 +8,7 @@ from torch import nn
 
 from detr_d2.modeling import build_parts, build_transformer
 from detr_d2.modeling.transformer import Decoder, Transformer
-from detr_d2.structures import Memory, Queries
+from detr_d2.structures import Memory, Predictions, Proposals, Queries
 
 from .helpers import tiny_cfg
 from .test_attention import random_biases, torch_attention
@@ -37,7 +37,7 @@ def make_memory(lengths, tokens=None, seed=0):
         tokens=content,
         positions=positions,
         padding=padding,
-        level_shapes=torch.tensor([[1, tokens]]),
+        level_shapes=((1, tokens),),
         valid_ratios=torch.tensor([[[length / tokens, 1.0]] for length in lengths]),
     )
 
@@ -47,6 +47,9 @@ def without_positions(memory):
 
 
 def assert_equal_outputs(actual, expected, tolerance=1e-5):
+    actual, expected = (
+        each.layers if isinstance(each, Predictions) else each for each in (actual, expected)
+    )
     assert len(actual) == len(expected)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=tolerance)
@@ -110,8 +113,8 @@ def test_queries_may_be_kept_from_each_other():
     """A query that no other may see changes nobody's output."""
     decoder = make_transformer().decoder
     memory = make_memory([6])
-    mask = torch.zeros(7, 7, dtype=torch.bool)
-    mask[:-1, -1] = True
+    mask = torch.zeros(1, 7, 7, dtype=torch.bool)
+    mask[:, :-1, -1] = True
     content, position = torch.randn(1, 7, C), torch.randn(1, 7, C)
     other = content.clone()
     other[:, -1] += 1
@@ -142,21 +145,23 @@ def test_batch_mates_change_nothing():
             tokens=memory.tokens[image : image + 1, :length],
             positions=memory.positions[image : image + 1, :length],
             padding=memory.padding[image : image + 1, :length],
-            level_shapes=torch.tensor([[1, length]]),
+            level_shapes=((1, length),),
             valid_ratios=torch.ones(1, 1, 2),
         )
-        here = [type(o)(*(t[image : image + 1] for t in o)) for o in together]
+        here = [type(o)(*(t[image : image + 1] for t in o)) for o in together.layers]
         assert_equal_outputs(here, transformer(alone))
-    assert not torch.allclose(together[-1].logits[0], together[-1].logits[1], atol=1e-3)
+    assert not torch.allclose(
+        together.layers[-1].logits[0], together.layers[-1].logits[1], atol=1e-3
+    )
 
 
 @torch.no_grad()
 def test_positions_of_tokens_and_queries_matter():
     transformer = make_transformer()
     memory = make_memory([6])
-    before = transformer(memory)[-1].boxes
+    before = transformer(memory).layers[-1].boxes
     assert not torch.allclose(before[0, 0], before[0, 1], atol=1e-4)
-    moved = transformer(replace(memory, positions=memory.positions.flip(1)))[-1].boxes
+    moved = transformer(replace(memory, positions=memory.positions.flip(1))).layers[-1].boxes
     assert not torch.allclose(before, moved, atol=1e-5)
 
 
@@ -167,7 +172,7 @@ def test_deep_supervision_changes_no_prediction(pre_norm):
     memory = make_memory([6, 4])
     with_losses = make_transformer(*options, True)(memory)
     without = make_transformer(*options, False)(memory)
-    assert len(with_losses) == 3
+    assert len(with_losses.layers) == 3
     assert_equal_outputs(with_losses, without, tolerance=0)
 
 
@@ -176,7 +181,7 @@ def test_intermediate_outputs_are_those_of_a_shorter_decoder():
     """A layer's output is normalised for the heads, not for the next layer."""
     transformer = make_transformer()
     memory = make_memory([6])
-    outputs = transformer(memory)
+    outputs = transformer(memory).layers
     transformer.decoder.layers = transformer.decoder.layers[:2]
     assert_equal_outputs(transformer(memory), outputs[:2], tolerance=0)
 
@@ -211,22 +216,22 @@ class Initialiser(nn.Module):
         return self.answer
 
 
-def test_proposals_come_first():
-    """A query initialiser that predicts something gets it supervised as one more layer."""
+def test_proposals_are_handed_on():
     transformer = make_transformer()
     memory = make_memory([6])
-    outputs = transformer(memory)
+    expected = transformer(memory)
     queries, _ = transformer.queries(memory)
-    initialiser = Initialiser(queries, outputs[1])
-    with_proposals = Transformer(transformer.encoder, initialiser, transformer.decoder)(memory)
-    assert with_proposals[0] is outputs[1]
-    assert_equal_outputs(with_proposals[1:], outputs, tolerance=0)
+    initialiser = Initialiser(queries, Proposals(expected.layers[1]))
+    actual = Transformer(transformer.encoder, initialiser, transformer.decoder)(memory)
+    assert expected.proposals is None
+    assert actual.proposals.output is expected.layers[1]
+    assert_equal_outputs(actual, expected, tolerance=0)
 
 
 def test_heads_are_one_or_one_per_layer():
     decoder = make_transformer().decoder
     with pytest.raises(ValueError, match="3 decoder layers need 1 or 3 heads"):
-        Decoder(list(decoder.layers), decoder.norm, [decoder.heads[0]] * 2)
+        Decoder(list(decoder.layers), decoder.norm, [decoder.heads[0]] * 2, decoder.query_position)
 
 
 def test_dropout_in_training_only():
@@ -234,4 +239,6 @@ def test_dropout_in_training_only():
     memory = make_memory([6])
     assert_equal_outputs(transformer(memory), transformer(memory), tolerance=0)
     transformer.train()
-    assert not torch.equal(transformer(memory)[-1].logits, transformer(memory)[-1].logits)
+    assert not torch.equal(
+        transformer(memory).layers[-1].logits, transformer(memory).layers[-1].logits
+    )

@@ -36,7 +36,7 @@ dataloader.evaluator.dataset_name = "digit_scenes_val"
 
 optimizer.lr = 3e-4
 optimizer.params.base_lr = 3e-4
-optimizer.params.lr_factor_func.multiplier = 1.0
+optimizer.params.lr_factor_func.backbone = 1.0
 
 lr_multiplier.update(warmup_length=500 / 16000, warmup_factor=0.001)
 lr_multiplier.scheduler.milestones = [13500, 16000]

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from detr_d2.data import DetrDatasetMapper
 from detr_d2.data.dataset_mapper import build_augmentation
 from detr_d2.data.loader import build_train_loader, build_training_dicts
-from detr_d2.engine.optimizer import BackboneMultiplier
+from detr_d2.engine.optimizer import LearningRateFactor
 from detr_d2.evaluation import build_evaluator
 from detr_d2.modeling import Detr, build_criterion, build_transformer
 from detr_d2.modeling.neck import SingleScaleNeck
@@ -86,7 +86,7 @@ optimizer = L(AdamW)(
         # params.model is the model, set when training starts
         base_lr=1e-4,
         weight_decay=1e-4,
-        lr_factor_func=L(BackboneMultiplier)(multiplier=0.1),
+        lr_factor_func=L(LearningRateFactor)(backbone=0.1),
     ),
     lr=1e-4,
 )

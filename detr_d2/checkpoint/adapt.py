@@ -1,4 +1,4 @@
-"""Fitting a checkpoint to a model: formats, class heads, numbers of queries, and the account of it.
+"""Fitting a checkpoint to a model: formats, heads, classes and numbers of queries.
 
 Tensors are never dropped in silence: everything is loaded, left at its initial value or ignored,
 and `LoadReport` says which.
@@ -6,128 +6,28 @@ and `LoadReport` says which.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
 from ..errors import UserError
-from .class_rows import UnknownNamesError, match_rows
-from .formats import FORMATS, recognise_format, timm_names, with_body_of
-from .names import StateDict
+from .class_rows import UnknownNamesError, match_classes
+from .formats import FORMATS, TIMM_BODY, recognise_format, timm_names, with_body_of
+from .names import Format, StateDict
+from .report import LoadReport, abbreviate
 
-logger = logging.getLogger(__name__)
-
-# Rows of the log's table: the first that matches an own name has it.
-_PARTS = {
-    "backbone": r"backbone\.",
-    "neck": r"neck\.",
-    "encoder": r"transformer\.encoder\.",
-    "queries": r"transformer\.queries\.",
-    "class head": r"transformer\..*\bclass_head\.",
-    "box head": r"transformer\..*\bbox_head\.",
-    "decoder": r"transformer\.",
-    "other": "",
-}
 # Beyond this share of unknown tensors a file is taken to be of another model. A few are tolerated,
 # as forks add a tensor here and there.
 _MAX_UNKNOWN = 0.1
-
-
-@dataclass
-class LoadReport:
-    """What became of every tensor of the model and of the checkpoint.
-
-    Attributes:
-        title: the format of the checkpoint.
-        loaded, initial, ignored: names; those of ``ignored`` are the checkpoint's.
-        fitted: those of ``loaded`` that were mapped or resized.
-        notes: sentences on what was mapped, resized or left out.
-        new_classes: how many of the model's classes start at their initial value although the
-            checkpoint has a class head.
-    """
-
-    title: str
-    loaded: list[str] = field(default_factory=list)
-    initial: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    fitted: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    new_classes: int = 0
-
-    @property
-    def transformer_untrained(self) -> bool:
-        return not any(name.startswith("transformer.") for name in self.loaded)
-
-    @property
-    def exact(self) -> bool:
-        """Whether the model now equals the checkpoint, tensor by tensor."""
-        return not (self.initial or self.ignored or self.fitted)
-
-    def refuse_untrained(self, path: str, key: str = "MODEL.WEIGHTS") -> None:
-        """
-        Raises:
-            UserError: predictions would come from initial values.
-        """
-        if self.transformer_untrained:
-            raise UserError(
-                f"'{path}' is a backbone without a trained transformer: name the weights of a "
-                f"trained detector in {key}, or train first."
-            )
-        if self.new_classes:
-            raise UserError(
-                f"{self.new_classes} of the model's classes were never trained in '{path}': name "
-                f"other weights in {key}, use a data set with their classes, or train first."
-            )
-
-    def table(self) -> str:
-        whole = [name for name in self.loaded if name not in self.fitted]
-        columns = [
-            Counter(map(_part, names)) for names in (whole, self.fitted, self.initial, self.ignored)
-        ]
-        headers = ("tensors of", "loaded", "loaded in part", "initial value", "ignored")
-        rows = [
-            (part, *(column[part] for column in columns))
-            for part in _PARTS
-            if any(column[part] for column in columns)
-        ]
-        return tabulate(rows, headers=headers)
-
-    def log(self, path: str) -> None:
-        logger.info("Loaded '%s' (%s):\n%s", path, self.title, self.table())
-        for note in self.notes:
-            logger.warning(note)
-        initial = self.initial
-        if self.transformer_untrained:
-            logger.warning(
-                "THE TRANSFORMER IS UNTRAINED: '%s' holds a backbone only. Train the model before "
-                "you evaluate it.",
-                path,
-            )
-            initial = [name for name in initial if name.startswith("backbone.")]
-        if initial:
-            logger.warning("Left at their INITIAL value: %s", abbreviate(initial))
-        if self.ignored:
-            logger.warning("Ignored, no place in the model: %s", abbreviate(self.ignored))
-
-
-def _part(name: str) -> str:
-    return next(part for part, regex in _PARTS.items() if re.match(regex, name))
-
-
-def abbreviate(names: Iterable[str], limit: int | None = None) -> str:
-    """``a.0.weight, a.0.bias, a.1.weight, b`` -> ``a.#.* (3), b``; `limit`: at most so many."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"\d+", "#", name.rpartition(".")[0]), []).append(name)
-    shown = [f"{key}.* ({len(group)})" if group[1:] else group[0] for key, group in groups.items()]
-    more = f" and {len(shown) - limit} more" if limit and len(shown) > limit else ""
-    return ", ".join(shown[:limit]) + more
+# Tensors with a row for each class, and those with one for each query.
+_CLASSES = re.compile(r"transformer\..*(\bclass_head\.(weight|bias)|\.label_embedding\.weight)")
+_QUERIES = re.compile(r"transformer\.queries\.(position|content|anchors)\.weight")
+# Of the encoder's proposals. Beside a projection of their position (Deformable DETR), only the
+# first row counts, which stands for an object of any class.
+_PROPOSALS = "transformer.queries.head."
+_CLASS_AGNOSTIC = "transformer.queries.position_proj.weight"
 
 
 def fit_checkpoint(
@@ -136,6 +36,7 @@ def fit_checkpoint(
     path: str,
     class_names: Sequence[str] | None = None,
     new_class_head: bool = False,
+    no_object: bool = True,
 ) -> tuple[StateDict, LoadReport]:
     """Makes a checkpoint of any format a state dict of a model.
 
@@ -145,6 +46,7 @@ def fit_checkpoint(
         path: name of the file, for messages.
         class_names: names of the model's classes, or None where they are not known.
         new_class_head: leave every class at its initial value.
+        no_object: whether the last row of the model's class heads stands for no-object.
 
     Returns:
         tensors for the model (only those the checkpoint has), and the account.
@@ -154,30 +56,30 @@ def fit_checkpoint(
             of classes that cannot be mapped by their names.
     """
     theirs = _without_counters(checkpoint["model"], model_state)
-    found, unknown, strange, title = _in_own_names(theirs, model_state, path)
-    report = LoadReport(title, ignored=unknown)
+    found, unknown, strange, recognised = _in_own_names(theirs, model_state, path)
+    report = LoadReport(recognised.title, ignored=unknown)
+    _fit_number_of_heads(found, model_state, report)
     state: StateDict = {}
     differing = {}
-    class_heads = {}
     for name, tensor in found.items():
         if name not in model_state:
             report.ignored.append(name)
             continue
         same_width = tensor.shape[1:] == model_state[name].shape[1:]
-        if same_width and name.endswith(("class_head.weight", "class_head.bias")):
-            class_heads[name] = tensor
-        elif tensor.shape == model_state[name].shape:
+        if same_width and _CLASSES.fullmatch(name):
+            continue
+        if tensor.shape == model_state[name].shape:
             state[name] = tensor
-        elif same_width and ".queries." in name:
+        elif same_width and _QUERIES.fullmatch(name):
             state[name] = _fit_queries(name, tensor, model_state[name], report)
         else:
             differing[name] = (tuple(tensor.shape), tuple(model_state[name].shape))
-    _refuse_another_shape(differing, state, path)
-    _refuse_another_model(found, strange, model_state, path, title)
+    _refuse_another_shape("backbone", differing, state, path)
+    _refuse_another_model(found, strange, model_state, path, recognised.title)
+    _refuse_another_shape("transformer", differing, state, path)
     names = (checkpoint.get("class_names"), class_names)
-    for name, tensor in class_heads.items():
-        rows = _class_rows(path, len(tensor), len(model_state[name]), names, new_class_head)
-        state[name] = _fit_classes(name, tensor, model_state[name], rows, report)
+    ends = (recognised.no_object, no_object)
+    state |= _fit_classes(found, model_state, path, names, ends, new_class_head, report)
     if differing:
         report.notes.append("Left at their INITIAL value for their shape: " + abbreviate(differing))
     report.loaded = list(state)
@@ -196,11 +98,11 @@ def _without_counters(state: StateDict, model_state: StateDict) -> StateDict:
 
 def _in_own_names(
     state: StateDict, model_state: StateDict, path: str
-) -> tuple[StateDict, list[str], list[str], str]:
-    """Own state dict, names in the file without an own one, the unexpected of those, the title."""
+) -> tuple[StateDict, list[str], list[str], Format]:
+    """Own state dict, names in the file without an own one, the unexpected of those, the format."""
     if pairs := timm_names(state, model_state):
         own = {ours: state[theirs] for theirs, ours in pairs.items()}
-        return own, [name for name in state if name not in pairs], [], "timm (backbone only)"
+        return own, [name for name in state if name not in pairs], [], TIMM_BODY
     recognised = recognise_format(state)
     if recognised is None:
         raise UserError(
@@ -208,9 +110,9 @@ def _in_own_names(
             f"({abbreviate(state, limit=4)}) have names of no known format. Known are "
             f"{', '.join(f.title for f in FORMATS)}, and the timm model the backbone is built from."
         )
-    own, unknown = recognised.to_own(state)
+    own, unknown = recognised.to_own(state, f"'{path}'")
     strange = [name for name in unknown if not recognised.is_not_ours(name)]
-    return with_body_of(own, model_state), unknown, strange, recognised.title
+    return with_body_of(own, model_state), unknown, strange, recognised
 
 
 def _refuse_another_model(
@@ -223,31 +125,131 @@ def _refuse_another_model(
 
     kinds = set(map(kind, model_state))
     strange = [name for name in found if kind(name) not in kinds] + strange
-    if len(strange) > _MAX_UNKNOWN * (len(found) + len(strange)):
+    # All variants have the same backbones, which say nothing about what a detector is.
+    telling = [name for name in found if not name.startswith("backbone.")] or found
+    if len(strange) > _MAX_UNKNOWN * (len(telling) + len(strange)):
         raise UserError(
             f"'{path}' is a checkpoint of another model: named like {title}, but {len(strange)} of "
-            f"its tensors have no place in this one: {abbreviate(strange, limit=4)}."
+            f"its tensors have no place in this one ({abbreviate(strange, limit=4)}); choose a "
+            "config of that model."
         )
 
 
-def _refuse_another_shape(differing: dict[str, tuple], state: StateDict, path: str) -> None:
-    """A few tensors of the transformer may differ in shape; a backbone fits or is another."""
-    for room, keys, tolerated in (
-        ("backbone", "MODEL.BACKBONE, MODEL.RESNETS and MODEL.TIMM", 0.0),
-        ("transformer", "MODEL.DETR.HIDDEN_DIM and MODEL.DETR.DIM_FEEDFORWARD", 0.5),
-    ):
-        names = [name for name in differing if name.startswith(room)]
-        fitting = sum(name.startswith(room) for name in state)
-        if len(names) > tolerated * (len(names) + fitting):
-            theirs, ours = differing[names[0]]
-            raise UserError(
-                f"'{path}' does not fit the model: {len(names)} tensors of the {room} have another "
-                f"shape, first '{names[0]}' with {theirs} in the file and {ours} in the model. "
-                f"Set {keys} as they were in training."
+_SHAPES = {
+    # What sets the shapes, and the share of tensors that may differ: a few of the transformer may,
+    # a backbone fits or is another.
+    "backbone": ("MODEL.BACKBONE, MODEL.RESNETS and MODEL.TIMM", 0.0),
+    "transformer": ("MODEL.DETR.HIDDEN_DIM and MODEL.DETR.DIM_FEEDFORWARD", 0.5),
+}
+
+
+def _refuse_another_shape(
+    room: str, differing: dict[str, tuple], state: StateDict, path: str
+) -> None:
+    keys, tolerated = _SHAPES[room]
+    names = [name for name in differing if name.startswith(room)]
+    fitting = sum(name.startswith(room) for name in state)
+    if len(names) > tolerated * (len(names) + fitting):
+        theirs, ours = differing[names[0]]
+        raise UserError(
+            f"'{path}' does not fit the model: {len(names)} tensors of the {room} have another "
+            f"shape, first '{names[0]}' with {theirs} in the file and {ours} in the model. "
+            f"Set {keys} as they were in training."
+        )
+
+
+def _fit_number_of_heads(found: StateDict, model_state: StateDict, report: LoadReport) -> None:
+    """One head for all decoder layers on one side, one for each of them on the other; in place."""
+    theirs, ours = _by_layer(found), _by_layer(model_state)
+    for part, layers in theirs.items():
+        first, wanted = found[layers[0]], ours.get(part, [])
+        if len(layers) == 1 < len(wanted):
+            found |= {name: first for name in wanted}
+            report.fitted += [name for name in wanted if name not in layers]
+            report.notes.append(
+                "The model has a head for each decoder layer, the checkpoint one for all: each "
+                "starts as a copy of it."
+            )
+        elif len(wanted) == 1 < len(layers):
+            if all(torch.equal(found[name], first) for name in layers):
+                for name in layers[1:]:
+                    del found[name]
+                continue
+            report.notes.append(
+                f"The checkpoint has another head for each of {len(layers)} decoder layers, the "
+                "model one for all (MODEL.DETR.SHARED_HEADS): only that of the FIRST layer is "
+                "loaded."
             )
 
 
-def _class_rows(
+def _by_layer(state: StateDict) -> dict[str, list[str]]:
+    """Tensors of the decoder's heads by what they are, in the order of the layers."""
+    groups: dict[str, dict[int, str]] = {}
+    for name in state:
+        if match := re.fullmatch(r"transformer\.decoder\.heads\.(\d+)\.(.+)", name):
+            groups.setdefault(match[2], {})[int(match[1])] = name
+    return {part: [names[layer] for layer in sorted(names)] for part, names in groups.items()}
+
+
+def _fit_classes(
+    found: StateDict,
+    model_state: StateDict,
+    path: str,
+    class_names: tuple[Sequence[str] | None, Sequence[str] | None],
+    no_object: tuple[bool | None, bool],
+    new_class_head: bool,
+    report: LoadReport,
+) -> StateDict:
+    """Brings rows that stand for classes to where the model has them; returns what has such rows.
+
+    Pairs are of the checkpoint and the model.
+    """
+    tensors = {
+        name: tensor
+        for name, tensor in found.items()
+        if _CLASSES.fullmatch(name)
+        and name in model_state
+        and tensor.shape[1:] == model_state[name].shape[1:]
+    }
+    head = next((name for name in tensors if ".class_head." in name), None)
+    if head is None:
+        return {name: t for name, t in tensors.items() if t.shape == model_state[name].shape}
+    ends, ended = no_object
+    if ends is None:
+        ends = _ends_with_no_object(len(tensors[head]), class_names[0], ended)
+    if ends != ended:
+        report.notes.append(
+            "The class head was trained with {}, the model has {}: train it before you evaluate "
+            "it.".format(*("softmax" if x else "sigmoid" for x in (ends, ended)))
+        )
+    source, target = len(tensors[head]) - ends, len(model_state[head]) - ended
+    classes, note = _match_classes(path, source, target, class_names, new_class_head)
+    if note:
+        report.notes.append(note)
+    report.new_classes = classes.count(None) if classes else 0
+    fitted = {}
+    for name, tensor in tensors.items():
+        initial = model_state[name]
+        if classes is None and tensor.shape == initial.shape:
+            fitted[name] = tensor
+            continue
+        rows = list(range(target)) if classes is None else list(classes)
+        if name.startswith(_PROPOSALS) and _CLASS_AGNOSTIC in found:
+            rows[0] = 0
+        if len(initial) > target:
+            rows.append(len(tensor) - 1 if len(tensor) > source else None)
+        fitted[name] = _take_rows(tensor, initial, rows)
+        report.fitted.append(name)
+    return fitted
+
+
+def _ends_with_no_object(rows: int, class_names: Sequence[str] | None, default: bool) -> bool:
+    if class_names is not None and rows - len(class_names) in (0, 1):
+        return rows > len(class_names)
+    return default
+
+
+def _match_classes(
     path: str,
     source: int,
     target: int,
@@ -255,32 +257,21 @@ def _class_rows(
     new_class_head: bool,
 ) -> tuple[list[int | None] | None, str]:
     if new_class_head:
-        note = f"MODEL.DETR.NEW_CLASS_HEAD: all {target - 1} classes are at their INITIAL value."
-        return [None] * (target - 1) + [source - 1], note
+        note = f"MODEL.DETR.NEW_CLASS_HEAD: all {target} classes are at their INITIAL value."
+        return [None] * target, note
     try:
-        return match_rows(source, target, *names)
+        return match_classes(source, target, *names)
     except UnknownNamesError as error:
         raise UserError(
-            f"'{path}' has {source - 1} classes, the model {target - 1}, and they cannot be mapped "
+            f"'{path}' has {source} classes, the model {target}, and they cannot be mapped "
             f"because the names of {error} are not known: set MODEL.DETR.NUM_CLASSES to "
-            f"{source - 1}, or start a new class head with MODEL.DETR.NEW_CLASS_HEAD True."
+            f"{source}, or start a new class head with MODEL.DETR.NEW_CLASS_HEAD True."
         ) from error
 
 
-def _fit_classes(
-    name: str,
-    tensor: torch.Tensor,
-    initial: torch.Tensor,
-    rows_and_note: tuple[list[int | None] | None, str],
-    report: LoadReport,
+def _take_rows(
+    tensor: torch.Tensor, initial: torch.Tensor, rows: Iterable[int | None]
 ) -> torch.Tensor:
-    rows, note = rows_and_note
-    if note:
-        report.notes.append(note)
-    if rows is None:
-        return tensor
-    report.fitted.append(name)
-    report.new_classes = rows.count(None)
     fitted = initial.detach().clone()
     for row, source in enumerate(rows):
         if source is not None:

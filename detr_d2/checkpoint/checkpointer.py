@@ -12,8 +12,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from ..errors import UserError
-from .adapt import LoadReport, fit_checkpoint
+from .adapt import fit_checkpoint
 from .read import read_checkpoint
+from .report import LoadReport
 from .write import metadata_of, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,15 @@ def load_weights(
         UserError: see `read_checkpoint` and `fit_checkpoint`.
     """
     checkpoint = read_checkpoint(path)
+    # What has no criterion is taken to have the classes of the original DETR.
+    classes = getattr(getattr(model, "criterion", None), "classification", None)
     state, report = fit_checkpoint(
-        checkpoint, model.state_dict(), path, class_names, new_class_head
+        checkpoint,
+        model.state_dict(),
+        path,
+        class_names,
+        new_class_head,
+        no_object=classes is None or classes.num_logits > classes.num_classes,
     )
     model.load_state_dict(state, strict=False)
     report.log(path)

@@ -1,7 +1,4 @@
-"""Which row of a checkpoint's class head belongs to which class of the model.
-
-Shape letters: R: rows of a class head, that is the classes and, last, no-object.
-"""
+"""Which class of a checkpoint belongs to which class of the model."""
 
 from __future__ import annotations
 
@@ -50,27 +47,27 @@ def names_of_rows(names: Names | None, num_classes: int) -> list[str | None] | N
     return None
 
 
-def match_rows(
+def match_classes(
     source: int, target: int, source_names: Names | None, target_names: Names | None
 ) -> tuple[list[int | None] | None, str]:
-    """Finds for each row of the model's class head the row of the checkpoint to take.
+    """Finds for each class of the model the class of the checkpoint to take.
 
     Args:
-        source: R of the checkpoint.
-        target: R of the model.
+        source: number of the checkpoint's classes, without no-object.
+        target: number of the model's.
         source_names: class names the checkpoint tells, or None.
         target_names: class names of the model's data set, or None.
 
     Returns:
-        for each of the model's rows the checkpoint's row, None where it has none; and a sentence
-        for the log. No list at all means: take the head as it is (then the sentence, if there is
-        one, is a warning).
+        for each of the model's classes the checkpoint's, None where it has none; and a sentence
+        for the log. No list at all means: take the classes as they are (then the sentence, if there
+        is one, is a warning).
 
     Raises:
         UnknownNamesError: the numbers of classes differ, and one side's names are not known.
     """
-    ours = names_of_rows(target_names, target - 1)
-    theirs = names_of_rows(source_names, source - 1)
+    ours = names_of_rows(target_names, target)
+    theirs = names_of_rows(source_names, source)
     found = {name.casefold(): row for row, name in enumerate(theirs or ()) if name is not None}
     rows = [found.get(name.casefold()) if name else None for name in ours or ()]
     matched, wanted = (sum(x is not None for x in side) for side in (rows, ours or ()))
@@ -88,10 +85,10 @@ def match_rows(
         raise UnknownNamesError("the model's data set" if ours is None else "the checkpoint")
     note = (
         f"Class head mapped by class names: {matched} of the model's {wanted} classes found "
-        f"among the checkpoint's {source - 1}"
+        f"among the checkpoint's {source}"
         + ("." if matched == wanted else ", the others left at their INITIAL value.")
     )
-    return [*rows, source - 1], note
+    return rows, note
 
 
 def _sample(names: Names) -> str:

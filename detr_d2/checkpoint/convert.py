@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 from ..errors import UserError
-from .adapt import abbreviate
 from .formats import (
     DETECTRON2_WRAPPER,
     FORMATS,
@@ -17,6 +16,7 @@ from .formats import (
 )
 from .names import Format
 from .read import read_checkpoint
+from .report import abbreviate
 from .write import write_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def convert_checkpoint(source: str, target: str, to: str) -> None:
             f"'{source}' has names of no known format ({abbreviate(state, limit=4)}); known are "
             f"{', '.join(f.title for f in FORMATS)}."
         )
-    own, ignored = recognised.to_own(state)
+    own, ignored = recognised.to_own(state, f"'{source}'")
     if ignored:
         logger.warning("Not converted, of no known part: %s", abbreviate(ignored))
     if to != OWN.key:

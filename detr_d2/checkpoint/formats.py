@@ -1,184 +1,241 @@
 """The formats that can be loaded and written, one table each, and how they are recognised.
 
 Own names are those of the meta-architecture ``Detr``; its ResNet has detectron2's names. A new
-format is a new entry of `FORMATS`.
+format is a new entry of `FORMATS`; rows of tables are in backbone_names.py, official_names.py and
+huggingface_names.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
+from . import huggingface_names, official_names
+from .backbone_names import huggingface_resnet, torchvision_resnet
 from .names import Format, Row, StateDict
 
 # What comes before the names proper when a whole model was wrapped before it was saved.
 _WRAPPED = ((r"^module\.", ""), (r"^_orig_mod\.", ""))
-
-
-def _torchvision_resnet(prefix: str) -> tuple[Row, ...]:
-    """torchvision's and timm's names, bottleneck and basic blocks alike."""
-    rows = [
-        ("backbone.stem.conv1.weight", prefix + "conv1.weight"),
-        ("backbone.stem.conv1.norm.*", prefix + "bn1.*"),
-    ]
-    for stage in range(1, 5):
-        own, foreign = f"backbone.res{stage + 1}.#.", f"{prefix}layer{stage}.#."
-        rows += [
-            (own + "shortcut.weight", foreign + "downsample.0.weight"),
-            (own + "shortcut.norm.*", foreign + "downsample.1.*"),
-        ]
-        for conv in (1, 2, 3):
-            rows += [
-                (own + f"conv{conv}.weight", foreign + f"conv{conv}.weight"),
-                (own + f"conv{conv}.norm.*", foreign + f"bn{conv}.*"),
-            ]
-    return tuple(rows)
-
-
-def _huggingface_resnet(prefix: str) -> tuple[Row, ...]:
-    """Hugging Face's own ResNet, the body of models made with ``use_timm_backbone=False``."""
-    rows = [
-        ("backbone.stem.conv1.weight", prefix + "embedder.embedder.convolution.weight"),
-        ("backbone.stem.conv1.norm.*", prefix + "embedder.embedder.normalization.*"),
-    ]
-    for stage in range(4):
-        own, foreign = f"backbone.res{stage + 2}.#.", f"{prefix}encoder.stages.{stage}.layers.#."
-        rows += [
-            (own + "shortcut.weight", foreign + "shortcut.convolution.weight"),
-            (own + "shortcut.norm.*", foreign + "shortcut.normalization.*"),
-        ]
-        for conv in (0, 1, 2):
-            rows += [
-                (own + f"conv{conv + 1}.weight", foreign + f"layer.{conv}.convolution.weight"),
-                (own + f"conv{conv + 1}.norm.*", foreign + f"layer.{conv}.normalization.*"),
-            ]
-    return tuple(rows)
-
-
-def _original_detr(prefix: str) -> tuple[Row, ...]:
-    """All but the backbone, in the names of facebookresearch/detr."""
-    encoder, decoder = "transformer.encoder.layers.#.", "transformer.decoder.layers.#."
-    rows = [
-        ("neck.projections.0.*", "input_proj.*"),
-        ("neck.position.row_embedding.*", "backbone.1.row_embed.*"),
-        ("neck.position.column_embedding.*", "backbone.1.col_embed.*"),
-        ("transformer.queries.position.weight", "query_embed.weight"),
-        ("transformer.decoder.heads.0.class_head.*", "class_embed.*"),
-        ("transformer.decoder.heads.0.box_head.layers.#.*", "bbox_embed.layers.#.*"),
-        ("transformer.encoder.norm.*", "transformer.encoder.norm.*"),
-        ("transformer.decoder.norm.*", "transformer.decoder.norm.*"),
-        (encoder + "self_attn_norm.*", encoder + "norm1.*"),
-        (encoder + "ffn_norm.*", encoder + "norm2.*"),
-        (decoder + "self_attn_norm.*", decoder + "norm1.*"),
-        (decoder + "cross_attn_norm.*", decoder + "norm2.*"),
-        (decoder + "ffn_norm.*", decoder + "norm3.*"),
-    ]
-    for layer in (encoder, decoder):
-        rows += [(f"{layer}ffn.linear{n}.*", f"{layer}linear{n}.*") for n in (1, 2)]
-    for own, foreign in (
-        (encoder + "self_attn.", encoder + "self_attn."),
-        (decoder + "self_attn.", decoder + "self_attn."),
-        (decoder + "cross_attn.", decoder + "multihead_attn."),
-    ):
-        rows += [
-            (own + "{q_proj,k_proj,v_proj}.*", foreign + "in_proj_*"),
-            (own + "out_proj.*", foreign + "out_proj.*"),
-        ]
-    return tuple((own, prefix + foreign) for own, foreign in rows)
-
-
-def _huggingface_detr() -> tuple[Row, ...]:
-    """All but the backbone, in the names that ``save_pretrained`` writes."""
-    rows = [
-        ("neck.projections.0.*", "model.input_projection.*"),
-        ("neck.position.row_embedding.*", "model.position_embedding.row_embeddings.*"),
-        ("neck.position.column_embedding.*", "model.position_embedding.column_embeddings.*"),
-        ("transformer.queries.position.weight", "model.query_position_embeddings.weight"),
-        ("transformer.decoder.heads.0.class_head.*", "class_labels_classifier.*"),
-        ("transformer.decoder.heads.0.box_head.layers.#.*", "bbox_predictor.layers.#.*"),
-        ("transformer.decoder.norm.*", "model.decoder.layernorm.*"),
-    ]
-    for part, attentions in (
-        ("encoder", {"self_attn": "self_attn"}),
-        ("decoder", {"self_attn": "self_attn", "cross_attn": "encoder_attn"}),
-    ):
-        own, foreign = f"transformer.{part}.layers.#.", f"model.{part}.layers.#."
-        rows += [
-            (own + "ffn.linear1.*", foreign + "fc1.*"),
-            (own + "ffn.linear2.*", foreign + "fc2.*"),
-            (own + "ffn_norm.*", foreign + "final_layer_norm.*"),
-        ]
-        for own_attention, foreign_attention in attentions.items():
-            ours, theirs = own + own_attention, foreign + foreign_attention
-            rows.append((ours + "_norm.*", theirs + "_layer_norm.*"))
-            rows += [
-                (f"{ours}.{name}_proj.*", f"{theirs}.{name}_proj.*")
-                for name in ("q", "k", "v", "out")
-            ]
-    return tuple(rows)
-
-
 _EVERY_ROOM = tuple((f"{room}.**", f"{room}.**") for room in ("backbone", "neck", "transformer"))
 _MASKS = r"mask_head\.|bbox_attention\."
 
 OWN = Format(
     "own",
     "detr_d2",
-    signature=r"neck\.projections\.|transformer\.(queries|decoder\.heads)\.|backbone\.(stem|body)\.",
+    signature=(
+        r"neck\.projections\.|transformer\.(queries|decoder\.heads)\.|backbone\.(stem|body)\.",
+    ),
     rows=_EVERY_ROOM,
     spellings=_WRAPPED,
 )
 
-ORIGINAL = Format(
-    "original",
-    "original DETR",
-    signature=r"backbone\.0\.body\.",
-    rows=(
-        *_original_detr(""),
-        *_torchvision_resnet("backbone.0.body."),
-        ("backbone.body.**", "backbone.0.body.**"),  # any other body of timm's
-    ),
-    # The model with a mask head keeps the box model under `detr.`.
-    spellings=(*_WRAPPED, (r"^detr\.", "")),
-    not_ours=_MASKS,
+# ------------------------------------------------------------------- official implementations
+
+_HEADS = r"(?:class|bbox)_embed"
+# Heads that the decoder needs for refinement are there a second time.
+_DECODERS_COPY = (rf"^transformer\.decoder\.(?={_HEADS}\.)", "")
+# A head that all layers share is there for each of them.
+_LAYERS_COPIES = (rf"^({_HEADS})\.\d+\.", r"\1.0.")
+
+
+def _official(
+    key: str,
+    title: str,
+    signature: tuple[str, ...],
+    rows: tuple[Row, ...],
+    no_object: bool = False,
+    **options: Any,
+) -> Format:
+    """A format that has a torchvision ResNet below ``backbone.0.body.``."""
+    body = "backbone.0.body."
+    return Format(
+        key,
+        title,
+        signature=(r"backbone\.0\.body\.", *signature),
+        rows=(
+            *rows,
+            *torchvision_resnet(body),
+            ("backbone.body.**", body + "**"),  # any other body of timm's
+        ),
+        # The model with a mask head keeps the box model under `detr.`.
+        spellings=(*_WRAPPED, (r"^detr\.", "")),
+        not_ours=_MASKS,
+        no_object=no_object,
+        **options,
+    )
+
+
+ORIGINAL = _official("original", "original DETR", (), official_names.DETR, no_object=True)
+
+CONDITIONAL_DETR = _official(
+    "conditional",
+    "official Conditional DETR",
+    (r"transformer\.decoder\.layers\.0\.ca_qpos_sine_proj\.",),
+    official_names.CONDITIONAL_DETR,
+)
+
+DAB_DETR = _official(
+    "dab",
+    "official DAB-DETR",
+    (r"transformer\.decoder\.ref_anchor_head\.",),
+    official_names.DAB_DETR,
+    copies=(_DECODERS_COPY,),
+)
+
+DN_DAB_DETR = _official(
+    "dn-dab",
+    "official DN-DAB-DETR",
+    (*DAB_DETR.signature, r"label_enc\."),
+    official_names.DN_DAB_DETR,
+    copies=(_DECODERS_COPY,),
+)
+
+DEFORMABLE_DETR = _official(
+    "deformable",
+    "official Deformable DETR",
+    (r"transformer\.level_embed",),
+    official_names.DEFORMABLE_DETR,
+    copies=(_LAYERS_COPIES,),
+)
+
+REFINED_DEFORMABLE_DETR = _official(
+    "deformable-refine",
+    "official Deformable DETR with box refinement",
+    (*DEFORMABLE_DETR.signature, r"transformer\.decoder\.bbox_embed\."),
+    official_names.DEFORMABLE_DETR,
+    copies=(_DECODERS_COPY,),
+)
+
+TWO_STAGE_DEFORMABLE_DETR = _official(
+    "deformable-two-stage",
+    "official two-stage Deformable DETR",
+    (*DEFORMABLE_DETR.signature, r"transformer\.pos_trans\."),
+    official_names.TWO_STAGE_DEFORMABLE_DETR,
+    copies=(_DECODERS_COPY,),
+    last=_HEADS,
+)
+
+DINO = _official(
+    "dino",
+    "official DINO",
+    (*DEFORMABLE_DETR.signature, r"transformer\.enc_out_class_embed\."),
+    official_names.DINO,
+    copies=(_DECODERS_COPY, _LAYERS_COPIES),
 )
 
 DETECTRON2_WRAPPER = Format(
     "detectron2-wrapper",
     "detectron2 wrapper of the original DETR",
-    signature=r"detr\.backbone\.0\.backbone\.",
-    rows=(*_original_detr("detr."), ("backbone.**", "detr.backbone.0.backbone.**")),
+    signature=(r"detr\.backbone\.0\.backbone\.",),
+    rows=(
+        *((own, "detr." + foreign) for own, foreign in official_names.DETR),
+        ("backbone.**", "detr.backbone.0.backbone.**"),
+    ),
     # With masks, the wrapper's `detr` is the mask model, whose `detr` is the box model.
     spellings=(*_WRAPPED, (r"^detr\.detr\.", "detr."), (r"^detr\.(?=" + _MASKS + ")", "")),
     not_ours=_MASKS + r"|criterion\.|pixel_(mean|std)$",
+    no_object=True,
 )
 
-HUGGING_FACE = Format(
-    "huggingface",
-    "Hugging Face DetrForObjectDetection",
-    signature=r"model\.backbone\.conv_encoder\.",
-    rows=(
-        *_huggingface_detr(),
-        *_torchvision_resnet("model.backbone.conv_encoder.model."),
-        *_huggingface_resnet("model.backbone.conv_encoder.model."),
-        ("backbone.body.**", "model.backbone.conv_encoder.model.**"),
-    ),
-    # Versions 5 and later name the modules differently from what they save.
-    spellings=(
-        *_WRAPPED,
-        (r"^detr\.", ""),
-        (r"^model\.backbone\.(?=model\.)", "model.backbone.conv_encoder."),
-        (r"^model\.backbone\.(?=position_embedding\.)", "model."),
-        (r"\.o_proj\.", ".out_proj."),
-        (r"\.mlp\.(?=fc\d)", "."),
-    ),
-    not_ours=_MASKS,
+# ------------------------------------------------------------------------------- Hugging Face
+
+# Versions 5 and later name the modules differently from what they save.
+_NEW_SPELLINGS = (
+    (r"^model\.backbone\.(?=model\.)", "model.backbone.conv_encoder."),
+    (r"^model\.backbone\.(?=position_embedding\.)", "model."),
+    (r"\.o_proj\.", ".out_proj."),
+    (r"\.mlp\.(?=fc\d|activation_fn|final_layer_norm)", "."),
 )
+_NEW_CONDITIONAL_SPELLINGS = tuple(
+    (rf"(decoder\.layers\.\d+\.){attention}\.{projection}", rf"\1{short}_{replacement}")
+    for attention, short in (("self_attn", "sa"), ("encoder_attn", "ca"))
+    for projection, replacement in (("([qk])_(content|pos)_", r"\2\3_"), ("v_", "v_"))
+)
+
+
+def _huggingface(
+    key: str,
+    model: str,
+    signature: tuple[str, ...],
+    rows: tuple[Row, ...],
+    spellings: tuple[tuple[str, str], ...] = (),
+    note: str = "",
+    no_object: bool = False,
+    **options: Any,
+) -> Format:
+    """A format that has timm's or Hugging Face's ResNet below ``model.backbone.conv_encoder.``."""
+    body = "model.backbone.conv_encoder.model."
+    return Format(
+        key,
+        f"Hugging Face {model}ForObjectDetection{note}",
+        signature=(r"model\.backbone\.conv_encoder\.", *signature),
+        rows=(
+            *rows,
+            *torchvision_resnet(body),
+            *huggingface_resnet(body),
+            ("backbone.body.**", body + "**"),
+        ),
+        spellings=(*_WRAPPED, (r"^detr\.", ""), *_NEW_SPELLINGS, *spellings),
+        not_ours=_MASKS,
+        no_object=no_object,
+        **options,
+    )
+
+
+HUGGING_FACE = _huggingface("huggingface", "Detr", (), huggingface_names.DETR, no_object=True)
+
+HUGGING_FACE_CONDITIONAL = _huggingface(
+    "huggingface-conditional",
+    "ConditionalDetr",
+    (r"model\.decoder\.ref_point_head\.",),
+    huggingface_names.CONDITIONAL_DETR,
+    spellings=_NEW_CONDITIONAL_SPELLINGS,
+)
+
+HUGGING_FACE_DAB = _huggingface(
+    "huggingface-dab",
+    "DabDetr",
+    (r"model\.decoder\.ref_anchor_head\.",),
+    huggingface_names.DAB_DETR,
+    copies=((r"^model\.decoder\.bbox_embed\.", "bbox_predictor."),),
+)
+
+HUGGING_FACE_DEFORMABLE = _huggingface(
+    "huggingface-deformable",
+    "DeformableDetr",
+    (r"model\.level_embed",),
+    huggingface_names.DEFORMABLE_DETR,
+    copies=(_LAYERS_COPIES,),
+)
+
+_HUGGING_FACE_DECODERS_COPY = (rf"^model\.decoder\.(?={_HEADS}\.)", "")
+
+HUGGING_FACE_REFINED_DEFORMABLE = _huggingface(
+    "huggingface-deformable-refine",
+    "DeformableDetr",
+    (*HUGGING_FACE_DEFORMABLE.signature, r"model\.decoder\.bbox_embed\."),
+    huggingface_names.DEFORMABLE_DETR,
+    copies=(_HUGGING_FACE_DECODERS_COPY,),
+    note=" with box refinement",
+)
+
+HUGGING_FACE_TWO_STAGE_DEFORMABLE = _huggingface(
+    "huggingface-deformable-two-stage",
+    "DeformableDetr",
+    (*HUGGING_FACE_DEFORMABLE.signature, r"model\.pos_trans\."),
+    huggingface_names.TWO_STAGE_DEFORMABLE_DETR,
+    copies=(_HUGGING_FACE_DECODERS_COPY,),
+    last=_HEADS,
+    note=" with two stages",
+)
+
+# -------------------------------------------------------------------------------- backbones
 
 TORCHVISION = Format(
     "torchvision",
     "torchvision or timm ResNet (backbone only)",
-    signature=r"layer1\.0\.conv1\.weight",
-    rows=_torchvision_resnet(""),
+    signature=(r"layer1\.0\.conv1\.weight",),
+    rows=torchvision_resnet(""),
     spellings=_WRAPPED,
     not_ours=r"fc\.",
 )
@@ -186,22 +243,44 @@ TORCHVISION = Format(
 DETECTRON2_BACKBONE = Format(
     "detectron2-backbone",
     "detectron2 ResNet (backbone only)",
-    signature=r"res2\.0\.conv1\.weight",
+    signature=(r"res2\.0\.conv1\.weight",),
     rows=(("backbone.**", "**"),),
     spellings=_WRAPPED,
     not_ours=r"stem\.fc\.|fc\.|linear\.",
 )
 
-FORMATS = (OWN, DETECTRON2_WRAPPER, ORIGINAL, HUGGING_FACE, TORCHVISION, DETECTRON2_BACKBONE)
+# What has a part more than another comes before it: the first that the names sign decides.
+FORMATS = (
+    OWN,
+    DETECTRON2_WRAPPER,
+    DN_DAB_DETR,
+    DAB_DETR,
+    CONDITIONAL_DETR,
+    DINO,
+    TWO_STAGE_DEFORMABLE_DETR,
+    REFINED_DEFORMABLE_DETR,
+    DEFORMABLE_DETR,
+    ORIGINAL,
+    HUGGING_FACE_DAB,
+    HUGGING_FACE_CONDITIONAL,
+    HUGGING_FACE_TWO_STAGE_DEFORMABLE,
+    HUGGING_FACE_REFINED_DEFORMABLE,
+    HUGGING_FACE_DEFORMABLE,
+    HUGGING_FACE,
+    TORCHVISION,
+    DETECTRON2_BACKBONE,
+)
 
 # The same ResNet inside a model whose backbone is built by timm.
-_TIMM_BODY = Format("timm", "timm", signature=r"(?!)", rows=_torchvision_resnet("backbone.body."))
+TIMM_BODY = Format(
+    "timm", "timm (backbone only)", signature=(r"(?!)",), rows=torchvision_resnet("backbone.body.")
+)
 
 
 def recognise_format(names: Collection[str]) -> Format | None:
     """The format of a state dict with these tensor names; None when no format has them."""
     for candidate in FORMATS:
-        if any(candidate.is_signed_by(name) for name in names):
+        if candidate.is_signed_by(names):
             return candidate
     return None
 
@@ -212,7 +291,7 @@ def with_body_of(state: StateDict, model_names: Collection[str]) -> StateDict:
     A backbone of detectron2 has ``backbone.res2...``, one of timm ``backbone.body.layer1...``.
     """
     wants_timm = any(name.startswith("backbone.body.") for name in model_names)
-    renamed, others = (_TIMM_BODY.from_own if wants_timm else _TIMM_BODY.to_own)(state)
+    renamed, others = (TIMM_BODY.from_own if wants_timm else TIMM_BODY.to_own)(state)
     return renamed | {name: state[name] for name in others}
 
 

@@ -202,7 +202,9 @@ def _huggingface_metadata(directory: str) -> dict[str, Any]:
         config = _read_json(file)
     except UserError:
         return {}
-    labels = config.get("id2label") if isinstance(config, dict) and "d_model" in config else None
+    # Classifiers have labels, too, but no decoder.
+    is_detector = isinstance(config, dict) and ("d_model" in config or "decoder_layers" in config)
+    labels = config.get("id2label") if is_detector else None
     if not labels:
         return {}
     return {"class_names": [labels.get(str(index), "N/A") for index in range(len(labels))]}

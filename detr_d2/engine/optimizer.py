@@ -11,18 +11,28 @@ from torch import nn
 from ..errors import UserError
 
 
-class BackboneMultiplier:
-    """Parameter name -> factor of its learning rate: 1 outside of the backbone."""
+class LearningRateFactor:
+    """Parameter name -> factor of its learning rate.
 
-    def __init__(self, multiplier: float):
-        self.multiplier = multiplier
+    Args:
+        backbone: of the backbone (DETR, appendix A.4).
+        sampling: of what says where to look: reference points and sampling offsets (Deformable
+            DETR, appendix A.3).
+    """
+
+    def __init__(self, backbone: float, sampling: float = 1.0):
+        self.backbone = backbone
+        self.sampling = sampling
 
     def __call__(self, name: str) -> float:
-        return self.multiplier if "backbone" in name.split(".") else 1.0
+        parts = name.split(".")
+        if "backbone" in parts:
+            return self.backbone
+        return self.sampling if {"reference_head", "sampling_offsets"} & set(parts) else 1.0
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW or SGD; the backbone has its own learning rate (DETR, appendix A.4).
+    """AdamW or SGD; some parts have a learning rate of their own, see `LearningRateFactor`.
 
     As in the original, weight decay covers every parameter, norms and biases included. Clipping
     by the norm of all gradients ("full_model") is the trainer's; detectron2's clipping per
@@ -33,7 +43,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model,
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
-        lr_factor_func=BackboneMultiplier(solver.BACKBONE_MULTIPLIER),
+        lr_factor_func=LearningRateFactor(solver.BACKBONE_MULTIPLIER, solver.SAMPLING_MULTIPLIER),
     )
     if not parameters:
         raise UserError("The model has no parameter to train: everything is frozen.")

@@ -1,5 +1,8 @@
 """Attention on (B, tokens, C) tensors.
 
+Attention over the memory has one signature, `(content, position, memory, reference) -> (B, Q, C)`,
+for the encoder, whose queries are the tokens themselves, and for the decoder's cross-attention.
+
 Shapes: B images, Q queries, S memory tokens, C channels.
 """
 
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..structures import Memory
+from ..structures import Memory, QueryPosition
 
 
 class MultiHeadAttention(nn.Module):
@@ -21,12 +24,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0):
         super().__init__()
-        if hidden_dim % num_heads:
-            raise UserError(
-                f"MODEL.DETR.HIDDEN_DIM ({hidden_dim}) must be divisible by "
-                f"MODEL.DETR.NHEADS ({num_heads})."
-            )
-        self.num_heads = num_heads
+        self.num_heads = check_heads(hidden_dim, num_heads)
         self.dropout = dropout
         self.q_proj = nn.Linear(hidden_dim, hidden_dim)
         self.k_proj = nn.Linear(hidden_dim, hidden_dim)
@@ -57,17 +55,13 @@ class MultiHeadAttention(nn.Module):
             (B, Q, C)
         """
         attended = scaled_dot_product(
-            self._split_heads(self.q_proj(query)),
-            self._split_heads(self.k_proj(key)),
-            self._split_heads(self.v_proj(value)),
+            split_heads(self.q_proj(query), self.num_heads),
+            split_heads(self.k_proj(key), self.num_heads),
+            split_heads(self.v_proj(value), self.num_heads),
             allowed,
             self.dropout if self.training else 0.0,
         )
         return self.out_proj(attended.transpose(1, 2).flatten(2))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """(B, tokens, C) -> (B, heads, tokens, C / heads)"""
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
 def scaled_dot_product(
@@ -95,20 +89,21 @@ class SelfAttention(MultiHeadAttention):
         return self.attend(located, located, content, allowed)
 
 
-class PlainCrossAttention(MultiHeadAttention):
+class PlainAttention(MultiHeadAttention):
     """Queries attend to all unpadded memory tokens (DETR, appendix A.3, figure 10)."""
 
     def forward(
         self,
         content: Tensor,
-        query_position: Tensor,
+        position: QueryPosition,
         memory: Memory,
         reference: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
-            content, query_position: (B, Q, C).
-            memory: S encoded tokens.
+            content: (B, Q, C).
+            position: its embedding is added to the content.
+            memory: S tokens.
             reference: (B, Q, 2 or 4), for attention that looks at a place; not used here.
 
         Returns:
@@ -116,4 +111,129 @@ class PlainCrossAttention(MultiHeadAttention):
         """
         allowed = ~memory.padding[:, None, None, :]
         key = memory.tokens + memory.positions
-        return self.attend(content + query_position, key, memory.tokens, allowed)
+        return self.attend(content + position.embedding, key, memory.tokens, allowed)
+
+
+class SeparateSelfAttention(nn.Module):
+    """Self-attention with projections of their own for content and position
+    (Conditional DETR, Meng et al., 2021, section 3.3)."""
+
+    def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.num_heads = check_heads(hidden_dim, num_heads)
+        self.dropout = dropout
+        self.content_q_proj = _linear(hidden_dim)
+        self.position_q_proj = _linear(hidden_dim)
+        self.content_k_proj = _linear(hidden_dim)
+        self.position_k_proj = _linear(hidden_dim)
+        self.v_proj = _linear(hidden_dim)
+        self.out_proj = _linear(hidden_dim)
+
+    def forward(self, content: Tensor, position: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """(B, Q, C), (B, Q, C), mask broadcasting to (B, heads, Q, Q) -> (B, Q, C)."""
+        attended = scaled_dot_product(
+            split_heads(
+                self.content_q_proj(content) + self.position_q_proj(position), self.num_heads
+            ),
+            split_heads(
+                self.content_k_proj(content) + self.position_k_proj(position), self.num_heads
+            ),
+            split_heads(self.v_proj(content), self.num_heads),
+            allowed,
+            self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class ConditionalAttention(nn.Module):
+    """Content and place are compared apart (Conditional DETR, section 3.3, equation 4).
+
+    In every head the content's channels and the place's stand side by side, so their products
+    add up. The place of a query is `position.spatial`.
+    """
+
+    def __init__(
+        self, hidden_dim: int, num_heads: int, dropout: float = 0.0, is_first: bool = False
+    ):
+        """
+        Args:
+            is_first: in the first decoder layer, whose content knows nothing yet, the position
+                embeddings of queries and tokens enter the content, too.
+        """
+        super().__init__()
+        self.num_heads = check_heads(hidden_dim, num_heads)
+        self.dropout = dropout
+        self.content_q_proj = _linear(hidden_dim)
+        self.position_q_proj = _linear(hidden_dim) if is_first else None
+        self.content_k_proj = _linear(hidden_dim)
+        self.position_k_proj = _linear(hidden_dim)
+        self.spatial_q_proj = _linear(hidden_dim)
+        self.v_proj = _linear(hidden_dim)
+        self.out_proj = _linear(hidden_dim)
+
+    def forward(
+        self,
+        content: Tensor,
+        position: QueryPosition,
+        memory: Memory,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            content: (B, Q, C).
+            position: with its spatial part.
+            memory: S tokens.
+            reference: not used; the spatial part is made from it.
+
+        Returns:
+            (B, Q, C)
+
+        Raises:
+            ValueError: the position has no spatial part.
+        """
+        if position.spatial is None:
+            raise ValueError("Conditional attention needs query positions with a spatial part.")
+        query = self.content_q_proj(content)
+        key = self.content_k_proj(memory.tokens)
+        key_position = self.position_k_proj(memory.positions)
+        if self.position_q_proj is not None:
+            query = query + self.position_q_proj(position.embedding)
+            key = key + key_position
+        spatial = self.spatial_q_proj(position.spatial)
+        attended = scaled_dot_product(
+            torch.cat(
+                (split_heads(query, self.num_heads), split_heads(spatial, self.num_heads)), dim=-1
+            ),
+            torch.cat(
+                (split_heads(key, self.num_heads), split_heads(key_position, self.num_heads)),
+                dim=-1,
+            ),
+            split_heads(self.v_proj(memory.tokens), self.num_heads),
+            ~memory.padding[:, None, None, :],
+            self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+def check_heads(hidden_dim: int, num_heads: int) -> int:
+    """
+    Raises:
+        UserError: the channels cannot be split over the heads.
+    """
+    if hidden_dim % num_heads:
+        raise UserError(
+            f"MODEL.DETR.HIDDEN_DIM ({hidden_dim}) must be divisible by "
+            f"MODEL.DETR.NHEADS ({num_heads})."
+        )
+    return num_heads
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, tokens, C) -> (B, heads, tokens, C / heads)"""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def _linear(hidden_dim: int) -> nn.Linear:
+    linear = nn.Linear(hidden_dim, hidden_dim)
+    nn.init.xavier_uniform_(linear.weight)
+    return linear

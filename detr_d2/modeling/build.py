@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -12,14 +14,31 @@ from ..criterion import SetCriterion
 from ..data.classes import resolve_num_classes
 from ..errors import UserError
 from ..matcher import HungarianMatcher
-from .attention import PlainCrossAttention, SelfAttention
-from .heads import PredictionHead, SoftmaxClassification
-from .neck import SingleScaleNeck
+from .attention import ConditionalAttention, PlainAttention, SelfAttention, SeparateSelfAttention
+from .combinations import check_combination
+from .deformable import DeformableAttention
+from .denoising import ContrastiveDenoising, Denoising
+from .heads import MLP, PredictionHead, SigmoidClassification, SoftmaxClassification
+from .neck import MultiScaleNeck, SingleScaleNeck
 from .position import LearnedPositionEmbedding, SinePositionEmbedding
-from .queries import LearnedQueries
+from .queries import AnchorQueries, LearnedQueries, PointQueries, TopKQueries
+from .query_position import (
+    BoxQueryPosition,
+    ConditionalQueryPosition,
+    ModulatedQueryPosition,
+    StaticQueryPosition,
+)
 from .transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 
-POSITION_EMBEDDINGS = {"sine": SinePositionEmbedding, "learned": LearnedPositionEmbedding}
+QUERY_POSITIONS: dict[str, Callable[[int], nn.Module]] = {
+    "static": lambda hidden_dim: StaticQueryPosition(),
+    "conditional": ConditionalQueryPosition,
+    "modulated": ModulatedQueryPosition,
+    "box": BoxQueryPosition,
+    "padded_box": partial(BoxQueryPosition, relative_to_padding=True),
+}
+SELF_ATTENTIONS = {"plain": SelfAttention, "separate": SeparateSelfAttention}
+ACTIVATIONS = {"relu": nn.ReLU, "prelu": nn.PReLU}
 
 
 def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
@@ -30,10 +49,16 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
             "MODEL.MASK_ON and MODEL.DETR.FROZEN_WEIGHTS need a mask head, which this version does "
             "not have: set them to False and ''."
         )
+    check_combination(detr)
     backbone = build_backbone(cfg)
+    neck = build_neck(cfg, backbone)
     criterion = build_criterion(
         num_classes=resolve_num_classes(cfg),
+        classification=detr.CLASSIFICATION,
         no_object_weight=detr.NO_OBJECT_WEIGHT,
+        focal_alpha=detr.FOCAL_ALPHA,
+        class_weight=detr.CLASS_WEIGHT,
+        class_cost=detr.CLASS_COST,
         l1_weight=detr.L1_WEIGHT,
         giou_weight=detr.GIOU_WEIGHT,
         deep_supervision=detr.DEEP_SUPERVISION,
@@ -48,35 +73,74 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
         num_decoder_layers=detr.DEC_LAYERS,
         dropout=detr.DROPOUT,
         pre_norm=detr.PRE_NORM,
+        activation=detr.ACTIVATION,
+        num_levels=neck.num_levels,
+        num_points=detr.NUM_POINTS,
+        encoder_attention=detr.ENCODER_ATTENTION,
+        encoder_position_scale=detr.ENCODER_POSITION_SCALE,
+        queries=detr.QUERIES,
+        query_content=detr.QUERY_CONTENT,
+        reference_layers=detr.REFERENCE_LAYERS,
+        class_agnostic_proposals=detr.CLASS_AGNOSTIC_PROPOSALS,
+        query_position=detr.QUERY_POSITION,
+        self_attention=detr.SELF_ATTENTION,
+        cross_attention=detr.CROSS_ATTENTION,
+        decoder_norm=detr.DECODER_NORM,
+        box_head=detr.BOX_HEAD,
+        reference_eps=detr.REFERENCE_EPS,
+        refinement=detr.REFINEMENT,
+        shared_heads=detr.SHARED_HEADS,
+        prior_probability=criterion.classification.prior_probability,
+        denoising=build_denoising(
+            method=detr.DENOISING.METHOD,
+            num_classes=criterion.classification.num_classes,
+            hidden_dim=detr.HIDDEN_DIM,
+            num_groups=detr.DENOISING.NUM_GROUPS,
+            num_queries=detr.DENOISING.NUM_QUERIES,
+            label_noise=detr.DENOISING.LABEL_NOISE,
+            box_noise=detr.DENOISING.BOX_NOISE,
+        ),
     )
     return {
         "backbone": backbone,
-        "neck": build_neck(cfg, backbone),
+        "neck": neck,
         "transformer": transformer,
         "criterion": criterion,
     }
 
 
 def build_neck(cfg: CfgNode, backbone: nn.Module) -> nn.Module:
-    """Neck over the backbone map that `MODEL.DETR.IN_FEATURES` names, by default the last."""
-    shapes = backbone.output_shape()
-    names = cfg.MODEL.DETR.IN_FEATURES or list(shapes)[-1:]
+    """Neck over the backbone maps that `MODEL.DETR.IN_FEATURES` names, by default the last."""
+    detr, shapes = cfg.MODEL.DETR, backbone.output_shape()
+    names = detr.IN_FEATURES or list(shapes)[-1:]
     for name in names:
         if name not in shapes:
             raise UserError(
                 f"MODEL.DETR.IN_FEATURES names {name!r}, but the backbone "
                 f"{cfg.MODEL.BACKBONE.NAME} gives only {', '.join(shapes)}."
             )
-    if len(names) != 1:
-        raise UserError(
-            f"MODEL.DETR.IN_FEATURES has {len(names)} entries ({', '.join(names)}): DETR's encoder "
-            "attends to one map, name one."
+    channels = [shapes[name].channels for name in names]
+    if detr.POSITION_EMBEDDING == "learned":
+        position: nn.Module = LearnedPositionEmbedding(detr.HIDDEN_DIM)
+    else:
+        position = SinePositionEmbedding(
+            detr.HIDDEN_DIM, detr.POSITION_TEMPERATURE, detr.POSITION_OFFSET
         )
-    position = _choose(
-        POSITION_EMBEDDINGS, cfg.MODEL.DETR.POSITION_EMBEDDING, "MODEL.DETR.POSITION_EMBEDDING"
-    )
-    hidden_dim = cfg.MODEL.DETR.HIDDEN_DIM
-    return SingleScaleNeck(names, shapes[names[0]].channels, hidden_dim, position(hidden_dim))
+    if detr.NECK == "multi_scale":
+        num_levels = detr.NUM_FEATURE_LEVELS or len(names)
+        if num_levels < len(names):
+            raise UserError(
+                f"MODEL.DETR.NUM_FEATURE_LEVELS is {num_levels}, but MODEL.DETR.IN_FEATURES has "
+                f"{len(names)} entries: each is a level."
+            )
+        return MultiScaleNeck(names, channels, detr.HIDDEN_DIM, num_levels, position)
+    if len(names) != 1 or detr.NUM_FEATURE_LEVELS > 1:
+        raise UserError(
+            f"MODEL.DETR.IN_FEATURES has {len(names)} entries ({', '.join(names)}) and "
+            f"MODEL.DETR.NUM_FEATURE_LEVELS is {detr.NUM_FEATURE_LEVELS}, but MODEL.DETR.NECK is "
+            'single_scale: name one map, or set NECK to "multi_scale".'
+        )
+    return SingleScaleNeck(names, channels[0], detr.HIDDEN_DIM, position)
 
 
 def build_transformer(
@@ -90,65 +154,139 @@ def build_transformer(
     num_decoder_layers: int = 6,
     dropout: float = 0.1,
     pre_norm: bool = False,
+    activation: str = "relu",
+    num_levels: int = 1,
+    num_points: int = 4,
+    encoder_attention: str = "plain",
+    encoder_position_scale: bool = False,
+    queries: str = "learned",
+    query_content: str = "zero",
+    reference_layers: int = 2,
+    class_agnostic_proposals: bool = False,
+    query_position: str = "static",
+    self_attention: str = "plain",
+    cross_attention: str = "plain",
+    decoder_norm: bool = True,
+    box_head: str = "absolute",
+    reference_eps: float = 1e-5,
+    refinement: str = "none",
+    shared_heads: bool = True,
+    prior_probability: float | None = None,
+    denoising: nn.Module | None = None,
 ) -> Transformer:
-    """Encoder, learned queries and decoder with one head shared by all layers (DETR, A.3)."""
-    attention: dict[str, Any] = {
-        "hidden_dim": hidden_dim,
-        "num_heads": num_heads,
-        "dropout": dropout,
-    }
+    """Encoder, queries and decoder; the defaults are DETR's (appendix A.3). The arguments are the
+    keys of `MODEL.DETR` by their names, see config.py."""
+    attention: dict[str, Any] = {"hidden_dim": hidden_dim, "num_heads": num_heads}
+    deformable: dict[str, Any] = {**attention, "num_levels": num_levels, "num_points": num_points}
     layer: dict[str, Any] = {
         "hidden_dim": hidden_dim,
         "dim_feedforward": dim_feedforward,
         "dropout": dropout,
         "pre_norm": pre_norm,
+        "activation": ACTIVATIONS[activation],
     }
+
+    def over_memory(kind: str, is_first: bool = False) -> nn.Module:
+        if kind == "deformable":
+            return DeformableAttention(**deformable)
+        if kind == "conditional":
+            return ConditionalAttention(**attention, dropout=dropout, is_first=is_first)
+        return PlainAttention(**attention, dropout=dropout)
+
+    def head(index: int = 0) -> PredictionHead:
+        # Width and height have no start at a point, and later layers start from boxes.
+        from_points = queries == "point" and (refinement == "none" or index == 0)
+        return PredictionHead(
+            hidden_dim,
+            num_logits,
+            is_offset=box_head == "offset",
+            reference_eps=reference_eps,
+            prior_probability=prior_probability,
+            initial_size_logit=-2.0 if from_points and cross_attention == "deformable" else 0.0,
+        )
+
     encoder = Encoder(
         [
-            EncoderLayer(self_attn=SelfAttention(**attention), **layer)
+            EncoderLayer(self_attn=over_memory(encoder_attention), **layer)
             for _ in range(num_encoder_layers)
         ],
         norm=nn.LayerNorm(hidden_dim) if pre_norm else None,
+        position_scale=(
+            MLP(hidden_dim, hidden_dim, hidden_dim, num_layers=2)
+            if encoder_position_scale
+            else None
+        ),
     )
     decoder = Decoder(
         [
             DecoderLayer(
-                self_attn=SelfAttention(**attention),
-                cross_attn=PlainCrossAttention(**attention),
+                self_attn=SELF_ATTENTIONS[self_attention](**attention, dropout=dropout),
+                cross_attn=over_memory(cross_attention, is_first=index == 0),
                 **layer,
             )
-            for _ in range(num_decoder_layers)
+            for index in range(num_decoder_layers)
         ],
-        norm=nn.LayerNorm(hidden_dim),
-        heads=[PredictionHead(hidden_dim, num_logits)],
+        norm=nn.LayerNorm(hidden_dim) if decoder_norm else nn.Identity(),
+        heads=[head(index) for index in range(1 if shared_heads else num_decoder_layers)],
+        query_position=QUERY_POSITIONS[query_position](hidden_dim),
+        refinement=refinement,
     )
-    return Transformer(encoder, LearnedQueries(num_queries, hidden_dim), decoder)
+    initialiser = {
+        "learned": lambda: LearnedQueries(num_queries, hidden_dim),
+        "point": lambda: PointQueries(
+            num_queries, hidden_dim, query_content == "learned", reference_layers
+        ),
+        "anchor": lambda: AnchorQueries(num_queries, hidden_dim, query_content == "learned"),
+        "top_k": lambda: TopKQueries(
+            num_queries, hidden_dim, head(), query_content, class_agnostic_proposals
+        ),
+    }[queries]()
+    return Transformer(encoder, initialiser, decoder, denoising)
+
+
+def build_denoising(
+    *,
+    method: str,
+    num_classes: int,
+    hidden_dim: int,
+    num_groups: int = 5,
+    num_queries: int = 100,
+    label_noise: float = 0.2,
+    box_noise: float = 0.4,
+) -> nn.Module | None:
+    """DN-DETR's or DINO's denoising; None for "none"."""
+    if method == "dn":
+        return Denoising(num_classes, hidden_dim, num_groups, label_noise, box_noise)
+    if method == "contrastive":
+        return ContrastiveDenoising(num_classes, hidden_dim, num_queries, label_noise, box_noise)
+    return None
 
 
 def build_criterion(
     *,
     num_classes: int,
+    classification: str = "softmax",
     no_object_weight: float = 0.1,
+    focal_alpha: float = 0.25,
+    class_weight: float = 1.0,
+    class_cost: float = 1.0,
     l1_weight: float = 5.0,
     giou_weight: float = 2.0,
     deep_supervision: bool = True,
 ) -> SetCriterion:
-    """Softmax criterion whose matching costs are its loss weights (DETR, section 3.1)."""
-    classification = SoftmaxClassification(num_classes, no_object_weight)
+    """Criterion whose matching costs of boxes are its loss weights (DETR, section 3.1)."""
+    if classification == "sigmoid":
+        classes: nn.Module = SigmoidClassification(num_classes, focal_alpha)
+    else:
+        classes = SoftmaxClassification(num_classes, no_object_weight)
     matcher = HungarianMatcher(
-        classification, class_cost=1.0, l1_cost=l1_weight, giou_cost=giou_weight
+        classes, class_cost=class_cost, l1_cost=l1_weight, giou_cost=giou_weight
     )
     return SetCriterion(
         matcher,
-        classification,
-        class_weight=1.0,
+        classes,
+        class_weight=class_weight,
         l1_weight=l1_weight,
         giou_weight=giou_weight,
         deep_supervision=deep_supervision,
     )
-
-
-def _choose(table: dict[str, Any], name: str, key: str) -> Any:
-    if name not in table:
-        raise UserError(f"{key} is {name!r}; it must be one of {', '.join(sorted(table))}.")
-    return table[name]

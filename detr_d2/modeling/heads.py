@@ -5,10 +5,13 @@ Shapes: B images, Q queries, C channels, K classes, T objects, D detections.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..box_ops import inverse_sigmoid
 from ..structures import LayerOutput
 
 
@@ -18,6 +21,10 @@ class SoftmaxClassification(nn.Module):
     Everything that follows from this choice stands here: the number of logits, the term in the
     matching cost, the loss and the selection of detections. A module without parameters.
     """
+
+    smallest_normalizer = 1e-6
+    # Of every class at the start; None: where the initial values of a linear layer put it.
+    prior_probability = None
 
     def __init__(self, num_classes: int, no_object_weight: float):
         super().__init__()
@@ -33,15 +40,24 @@ class SoftmaxClassification(nn.Module):
         probabilities = logits.softmax(-1)
         return -probabilities.gather(2, classes[:, None].expand(-1, logits.shape[1], -1))
 
-    def loss(self, logits: Tensor, classes: Tensor, normalizer: Tensor) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,
+        classes: Tensor,
+        normalizer: Tensor,
+        valid: Tensor | None = None,
+    ) -> Tensor:
         """Weighted cross-entropy.
 
         Args:
             logits: (B, Q, K+1).
             classes: (B, Q), `self.num_classes` where no object was matched.
             normalizer: what the weighted sum is divided by, see `normalizer`.
+            valid: (B, Q) bool, False for queries that do not count.
         """
         weights = torch.where(classes == self.num_classes, self.no_object_weight, 1.0)
+        if valid is not None:
+            weights = weights * valid
         losses = F.cross_entropy(logits.transpose(1, 2), classes, reduction="none")
         return (losses * weights).sum() / normalizer
 
@@ -60,17 +76,99 @@ class SoftmaxClassification(nn.Module):
         """(..., K+1) logits -> (...) bool, True where the prediction is "no object"."""
         return logits.argmax(-1) == self.num_classes
 
-    def select(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, logits: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
         """Detections of one image: each query gives its best class.
 
         Args:
             logits: (Q, K+1).
+            limit: at most so many.
 
         Returns:
-            scores (D,), classes (D,), queries (D,): index of the query behind each detection.
+            scores (D,), classes (D,), queries (D,): index of the query behind each detection,
+            best first.
         """
         scores, classes = logits.softmax(-1)[:, :-1].max(-1)
-        return scores, classes, torch.arange(len(scores), device=scores.device)
+        scores, queries = scores.topk(min(limit, len(scores)))
+        return scores, classes[queries], queries
+
+
+class SigmoidClassification(nn.Module):
+    """An independent yes or no for every class, with focal loss (Lin et al., 2017; in DETRs since
+    Deformable DETR). What `SoftmaxClassification` is for softmax; there is no "no object" logit.
+    """
+
+    smallest_normalizer = 1.0
+    prior_probability = 0.01  # Lin et al., section 4.1
+
+    def __init__(self, num_classes: int, alpha: float = 0.25, gamma: float = 2.0):
+        """
+        Args:
+            alpha: weight of positives; negatives have 1 - alpha.
+            gamma: the larger, the less easy examples count.
+        """
+        super().__init__()
+        self.num_classes = num_classes
+        self.alpha = alpha
+        self.gamma = gamma
+
+    @property
+    def num_logits(self) -> int:
+        return self.num_classes
+
+    def matching_cost(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """(B, Q, K) logits and (B, T) classes -> (B, Q, T): by how much the focal loss changes when
+        the class goes from no to yes."""
+        logits = logits.gather(2, classes[:, None].expand(-1, logits.shape[1], -1))
+        probability = logits.sigmoid()
+        positive = self.alpha * (1 - probability) ** self.gamma * -(probability + 1e-8).log()
+        negative = (1 - self.alpha) * probability**self.gamma * -(1 - probability + 1e-8).log()
+        return positive - negative
+
+    def loss(
+        self,
+        logits: Tensor,
+        classes: Tensor,
+        normalizer: Tensor,
+        valid: Tensor | None = None,
+    ) -> Tensor:
+        """Focal loss, summed over queries and classes.
+
+        Args:
+            logits: (B, Q, K).
+            classes: (B, Q), `self.num_classes` where no object was matched.
+            normalizer: what the sum is divided by, see `normalizer`.
+            valid: (B, Q) bool, False for queries that do not count.
+        """
+        target = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        probability = logits.sigmoid()
+        wrong = probability + target - 2 * probability * target
+        alpha = (1 - self.alpha) + (2 * self.alpha - 1) * target
+        losses = alpha * wrong**self.gamma * cross_entropy
+        if valid is not None:
+            losses = losses * valid[..., None]
+        return losses.sum() / normalizer
+
+    def normalizer(self, num_queries: int, object_counts: list[int]) -> float:
+        """Number of objects, at least 1 (the criterion sees to that)."""
+        return float(sum(object_counts))
+
+    def background(self, logits: Tensor) -> Tensor:
+        """(..., K) logits -> (...) bool, True where no class has a probability of one half."""
+        return logits.max(-1).values < 0
+
+    def select(self, logits: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Detections of one image: the best pairs of query and class (Deformable DETR).
+
+        Args:
+            logits: (Q, K).
+            limit: at most so many; a query may give several.
+
+        Returns:
+            scores (D,), classes (D,), queries (D,), best first.
+        """
+        scores, pairs = logits.sigmoid().flatten().topk(min(limit, logits.numel()))
+        return scores, pairs % self.num_classes, pairs // self.num_classes
 
 
 class MLP(nn.Module):
@@ -91,18 +189,52 @@ class MLP(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """Class and box of each query; the box is absolute (DETR, section 3.2, "prediction FFNs")."""
+    """Class and box of each query (DETR, section 3.2, "prediction FFNs").
 
-    def __init__(self, hidden_dim: int, num_logits: int):
+    The box is absolute, or an offset from the reference (Deformable DETR, appendix A.3): from a
+    point, centre and nothing else; from a box, all four numbers, in logits.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_logits: int,
+        is_offset: bool = False,
+        reference_eps: float = 1e-5,
+        prior_probability: float | None = None,
+        initial_size_logit: float = 0.0,
+    ):
+        """
+        Args:
+            is_offset: whether boxes are relative to the reference.
+            reference_eps: see `inverse_sigmoid`.
+            prior_probability: what every class starts at (Lin et al., 2017, section 4.1), for
+                sigmoids; None: where the initial values of a linear layer put it.
+            initial_size_logit: of width and height, for boxes at reference points.
+        """
         super().__init__()
+        self.is_offset = is_offset
+        self.reference_eps = reference_eps
         self.class_head = nn.Linear(hidden_dim, num_logits)
         self.box_head = MLP(hidden_dim, hidden_dim, 4, num_layers=3)
+        if prior_probability is not None:
+            prior_logit = -math.log(1 / prior_probability - 1)
+            nn.init.constant_(self.class_head.bias, prior_logit)
+        if is_offset:
+            nn.init.zeros_(self.box_head.layers[-1].weight)
+            nn.init.zeros_(self.box_head.layers[-1].bias)
+            nn.init.constant_(self.box_head.layers[-1].bias[2:], initial_size_logit)
 
     def forward(self, content: Tensor, reference: Tensor | None = None) -> LayerOutput:
-        """(B, Q, C) -> logits (B, Q, num_logits), boxes (B, Q, 4) cxcywh in [0, 1].
+        """(B, Q, C), (B, Q, 2 or 4) in [0, 1] -> logits (B, Q, num_logits), boxes (B, Q, 4)
+        cxcywh in [0, 1]."""
+        return LayerOutput(self.class_head(content), self.boxes(content, reference))
 
-        `reference` is what a head that predicts offsets would add to; this one ignores it.
-        """
+    def boxes(self, content: Tensor, reference: Tensor | None = None) -> Tensor:
+        """The boxes alone."""
         # In float32 whatever autocast says: bfloat16 above 0.5 is as coarse as 1/256 of the image.
-        boxes = self.box_head(content).float().sigmoid()
-        return LayerOutput(self.class_head(content), boxes)
+        logits = self.box_head(content).float()
+        if self.is_offset:
+            start = inverse_sigmoid(reference, self.reference_eps)
+            logits = logits + F.pad(start, (0, 4 - start.shape[-1]))
+        return logits.sigmoid()

@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from ..box_ops import cxcywh_to_xyxy, xyxy_to_cxcywh
-from ..structures import LayerOutput, Target
+from ..structures import LayerOutput, Memory, Target
 from .build import build_parts
 from .neck import padding_mask
 
@@ -44,8 +44,8 @@ class Detr(nn.Module):
         Args:
             backbone: image (B, 3, H, W) -> maps by name.
             neck: (maps, padding) -> Memory.
-            transformer: Memory -> one LayerOutput per decoder layer.
-            criterion: (outputs, targets, object counts) -> weighted losses; its
+            transformer: (Memory, targets or None) -> Predictions.
+            criterion: (predictions, targets, object counts) -> weighted losses; its
                 `classification` also selects detections.
             pixel_mean, pixel_std: per channel, in the order of `input_format`.
             detections_per_image: at most so many are returned, the best first.
@@ -95,7 +95,8 @@ class Detr(nn.Module):
         if self.training:
             # First, so that no copy to the device has to wait for the forward pass.
             targets = self.prepare_targets(batched_inputs)
-            return self.criterion(self.predict(batched_inputs), targets, object_counts)
+            predictions = self.transformer(self.encode_images(batched_inputs), targets)
+            return self.criterion(predictions, targets, object_counts)
         return self.inference(self.predict(batched_inputs)[-1], batched_inputs)
 
     def predict(self, batched_inputs: Sequence[dict[str, Any]]) -> list[LayerOutput]:
@@ -105,12 +106,16 @@ class Detr(nn.Module):
             Per layer: logits (B, Q, K), boxes (B, Q, 4) cxcywh, normalised to the image as it
             was given, without padding.
         """
+        return self.transformer(self.encode_images(batched_inputs)).layers
+
+    def encode_images(self, batched_inputs: Sequence[dict[str, Any]]) -> Memory:
+        """Tokens of the images, as the encoder is given them."""
         images = self.preprocess_image(batched_inputs)
         # Convolutions are fastest in this layout, on CPUs and in mixed precision on GPUs.
         pixels = images.tensor.contiguous(memory_format=torch.channels_last)
         features = self.backbone(pixels)
         padding = padding_mask(images.image_sizes, images.tensor.shape[-2:], self.device)
-        return self.transformer(self.neck(features, padding))
+        return self.neck(features, padding)
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
         """Normalises the images and pads them with zeros to one size, bottom and right."""
@@ -140,15 +145,16 @@ class Detr(nn.Module):
         """Detections of one decoder layer's output, at the size each input asks for."""
         results = []
         for logits, boxes, x in zip(output.logits, output.boxes, batched_inputs, strict=True):
-            scores, classes, queries = self.criterion.classification.select(logits.float())
-            order = scores.argsort(descending=True)[: self.detections_per_image]
+            scores, classes, queries = self.criterion.classification.select(
+                logits.float(), self.detections_per_image
+            )
             height, width = x["image"].shape[-2:]
-            detected = Boxes(cxcywh_to_xyxy(boxes[queries[order]].float()))
+            detected = Boxes(cxcywh_to_xyxy(boxes[queries].float()))
             detected.scale(width, height)
             instances = Instances((height, width))
             instances.pred_boxes = detected
-            instances.scores = scores[order]
-            instances.pred_classes = classes[order]
+            instances.scores = scores
+            instances.pred_classes = classes
             instances = detector_postprocess(
                 instances, x.get("height", height), x.get("width", width)
             )

@@ -1,6 +1,6 @@
-"""Position embeddings of feature maps.
+"""Position embeddings of feature maps, points and boxes.
 
-Shapes: B images, C channels, H and W of the feature map.
+Shapes: B images, Q queries, C channels, H and W of the feature map.
 """
 
 from __future__ import annotations
@@ -20,27 +20,44 @@ class SinePositionEmbedding(nn.Module):
     pixels, so an image has the same embedding whatever it is batched with.
     """
 
-    def __init__(self, hidden_dim: int, temperature: float = 10000.0):
+    def __init__(self, hidden_dim: int, temperature: float = 10000.0, offset: float = 0.0):
+        """
+        Args:
+            hidden_dim: C.
+            temperature: ratio of the longest to the shortest wave.
+            offset: added to the pixel count; -0.5 puts coordinates into the middle of a pixel.
+        """
         super().__init__()
         if hidden_dim % 4:
             raise UserError(f"MODEL.DETR.HIDDEN_DIM must be divisible by 4, got {hidden_dim}.")
         self.channels = hidden_dim // 2
         self.temperature = temperature
+        self.offset = offset
 
     def forward(self, padding: Tensor) -> Tensor:
         """(B, H, W) bool, True on padding -> (B, C, H, W) float32."""
         valid = ~padding
         y = valid.cumsum(1, dtype=torch.float32)
         x = valid.cumsum(2, dtype=torch.float32)
-        y = y / (y[:, -1:, :] + 1e-6) * 2 * math.pi
-        x = x / (x[:, :, -1:] + 1e-6) * 2 * math.pi
-        return torch.cat((self._waves(y), self._waves(x)), dim=3).permute(0, 3, 1, 2)
+        y = (y + self.offset) / (y[:, -1:, :] + 1e-6)
+        x = (x + self.offset) / (x[:, :, -1:] + 1e-6)
+        waves = sine_embedding(torch.stack((y, x), dim=-1), self.channels, self.temperature)
+        return waves.permute(0, 3, 1, 2)
 
-    def _waves(self, coordinate: Tensor) -> Tensor:
-        """(B, H, W) -> (B, H, W, C/2): sine on even channels, cosine on odd ones."""
-        exponent = torch.arange(self.channels // 2, device=coordinate.device) * 2 / self.channels
-        angles = coordinate[..., None] / self.temperature**exponent
-        return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+
+def sine_embedding(coordinates: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
+    """Sine (even channels) and cosine (odd channels) of each coordinate, one after the other.
+
+    Args:
+        coordinates: (..., N), 1 for the whole image; float32, for bfloat16 knows only 256 places.
+        channels: of each coordinate.
+
+    Returns:
+        (..., N * channels)
+    """
+    exponent = torch.arange(channels // 2, device=coordinates.device) * 2 / channels
+    angles = 2 * math.pi * coordinates[..., None] / temperature**exponent
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-3)
 
 
 class LearnedPositionEmbedding(nn.Module):

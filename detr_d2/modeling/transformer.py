@@ -5,19 +5,27 @@ Shapes: B images, S memory tokens, Q queries, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ..structures import LayerOutput, Memory, Queries
+from ..structures import LayerOutput, Memory, Predictions, Queries, QueryPosition, Target
+from .deformable import token_centres
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with ReLU and dropout between them."""
+    """Two linear layers with an activation and dropout between them."""
 
-    def __init__(self, hidden_dim: int, dim_feedforward: int, dropout: float):
+    def __init__(
+        self,
+        hidden_dim: int,
+        dim_feedforward: int,
+        dropout: float,
+        activation: type[nn.Module] = nn.ReLU,
+    ):
         super().__init__()
+        self.activation = activation()
         self.linear1 = nn.Linear(hidden_dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
         self.dropout = nn.Dropout(dropout)
@@ -25,7 +33,7 @@ class FeedForward(nn.Module):
         nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(self.linear1(x).relu()))
+        return self.linear2(self.dropout(self.activation(self.linear1(x))))
 
 
 class ResidualLayer(nn.Module):
@@ -52,17 +60,25 @@ class EncoderLayer(ResidualLayer):
         dim_feedforward: int,
         dropout: float,
         pre_norm: bool,
+        activation: type[nn.Module] = nn.ReLU,
     ):
+        """
+        Args:
+            self_attn: attention over the memory whose queries are the tokens, see attention.py.
+        """
         super().__init__(dropout, pre_norm)
         self.self_attn = self_attn
-        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout, activation)
         self.self_attn_norm = nn.LayerNorm(hidden_dim)
         self.ffn_norm = nn.LayerNorm(hidden_dim)
 
-    def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """(B, S, C), (B, S, C), (B, 1, 1, S) True where attention is allowed -> (B, S, C)."""
+    def forward(self, memory: Memory, centres: Tensor) -> Tensor:
+        """The memory and the (B, S, 2) centres of its cells -> tokens (B, S, C)."""
+        position = QueryPosition(memory.positions)
         tokens = self.residual(
-            tokens, self.self_attn_norm, lambda x: self.self_attn(x, positions, allowed)
+            memory.tokens,
+            self.self_attn_norm,
+            lambda x: self.self_attn(x, position, replace(memory, tokens=x), centres),
         )
         return self.residual(tokens, self.ffn_norm, self.ffn)
 
@@ -70,16 +86,29 @@ class EncoderLayer(ResidualLayer):
 class Encoder(nn.Module):
     """A stack of layers over the memory; pre-norm stacks end with a norm."""
 
-    def __init__(self, layers: list[nn.Module], norm: nn.Module | None = None):
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        norm: nn.Module | None = None,
+        position_scale: nn.Module | None = None,
+    ):
+        """
+        Args:
+            position_scale: what each layer's input multiplies the positions with, channel by
+                channel (DAB-DETR's code; not in the paper).
+        """
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
+        self.position_scale = position_scale
 
     def forward(self, memory: Memory) -> Memory:
-        allowed = ~memory.padding[:, None, None, :]
-        tokens = memory.tokens
+        centres = token_centres(memory.level_shapes, memory.valid_ratios)
+        tokens, positions = memory.tokens, memory.positions
         for layer in self.layers:
-            tokens = layer(tokens, memory.positions, allowed)
+            if self.position_scale is not None:
+                positions = memory.positions * self.position_scale(tokens)
+            tokens = layer(replace(memory, tokens=tokens, positions=positions), centres)
         if self.norm is not None:
             tokens = self.norm(tokens)
         return replace(memory, tokens=tokens)
@@ -96,49 +125,72 @@ class DecoderLayer(ResidualLayer):
         dim_feedforward: int,
         dropout: float,
         pre_norm: bool,
+        activation: type[nn.Module] = nn.ReLU,
     ):
         """
         Args:
-            cross_attn: (content, query position, memory, reference) -> (B, Q, C).
+            self_attn: (content, position embedding, allowed) -> (B, Q, C).
+            cross_attn: attention over the memory, see attention.py.
         """
         super().__init__(dropout, pre_norm)
         self.self_attn = self_attn
         self.cross_attn = cross_attn
-        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout)
+        self.ffn = FeedForward(hidden_dim, dim_feedforward, dropout, activation)
         self.self_attn_norm = nn.LayerNorm(hidden_dim)
         self.cross_attn_norm = nn.LayerNorm(hidden_dim)
         self.ffn_norm = nn.LayerNorm(hidden_dim)
 
-    def forward(self, content: Tensor, queries: Queries, memory: Memory) -> Tensor:
+    def forward(
+        self,
+        content: Tensor,
+        position: QueryPosition,
+        reference: Tensor | None,
+        attention_mask: Tensor | None,
+        memory: Memory,
+    ) -> Tensor:
         """
         Args:
             content: (B, Q, C), output of the previous layer.
-            queries: position, reference and attention mask of the queries.
+            reference: (B, Q, 2 or 4) in [0, 1].
+            attention_mask: (B or 1, Q, Q) bool, True where the row may not attend to the column.
 
         Returns:
             (B, Q, C)
         """
-        allowed = None if queries.attention_mask is None else ~queries.attention_mask
+        allowed = None if attention_mask is None else ~attention_mask[:, None]
         content = self.residual(
-            content, self.self_attn_norm, lambda x: self.self_attn(x, queries.position, allowed)
+            content, self.self_attn_norm, lambda x: self.self_attn(x, position.embedding, allowed)
         )
         content = self.residual(
             content,
             self.cross_attn_norm,
-            lambda x: self.cross_attn(x, queries.position, memory, queries.reference),
+            lambda x: self.cross_attn(x, position, memory, reference),
         )
         return self.residual(content, self.ffn_norm, self.ffn)
 
 
 class Decoder(nn.Module):
-    """Layers over the queries, and the heads that read every layer's output."""
+    """Layers over the queries, the heads that read every layer's output, and how a layer's boxes
+    become the next one's references."""
 
-    def __init__(self, layers: list[nn.Module], norm: nn.Module, heads: list[nn.Module]):
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        norm: nn.Module,
+        heads: list[nn.Module],
+        query_position: nn.Module,
+        refinement: str = "none",
+    ):
         """
         Args:
             norm: applied to each layer's output before the heads; the next layer receives the
                 output without it.
-            heads: (content, reference) -> LayerOutput; one for all layers, or one per layer.
+            heads: PredictionHead or the like; one for all layers, or one per layer.
+            query_position: (queries, content, reference, memory, is_first) -> QueryPosition.
+            refinement: "none": all layers have the initial references; "detached": a layer's boxes
+                are the next one's references, a constant to the gradient (Deformable DETR, section
+                4.2); "look_forward_twice": but a prediction's gradient reaches the layer that made
+                its reference (DAB-DETR's code; DINO, section 3.5).
         """
         super().__init__()
         if len(heads) not in (1, len(layers)):
@@ -146,30 +198,85 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.heads = nn.ModuleList(heads)
+        self.query_position = query_position
+        self.refinement = refinement
 
     def forward(self, queries: Queries, memory: Memory) -> list[LayerOutput]:
         """Returns one output per layer: logits (B, Q, K), boxes (B, Q, 4)."""
-        shared = len(self.heads) == 1
         content = queries.content
+        # A layer looks about `reference`; its predictions are offsets from `start`, the same
+        # place, through which a gradient may flow.
+        reference = start = queries.reference
         outputs = []
         for index, layer in enumerate(self.layers):
-            content = layer(content, queries, memory)
-            head = self.heads[0 if shared else index]
-            outputs.append(head(self.norm(content), queries.reference))
+            position = self.query_position(queries, content, reference, memory, index == 0)
+            content = layer(content, position, reference, queries.attention_mask, memory)
+            head = self.heads[index % len(self.heads)]
+            normed = self.norm(content)
+            outputs.append(head(normed, start))
+            if self.refinement != "none" and index < len(self.layers) - 1:
+                start = self._refine(head, content, normed, reference, outputs[-1])
+                reference = start.detach()
         return outputs
+
+    def _refine(
+        self,
+        head: nn.Module,
+        content: Tensor,
+        normed: Tensor,
+        reference: Tensor,
+        output: LayerOutput,
+    ) -> Tensor:
+        """(B, Q, 4): where the next layer's predictions start."""
+        # The published models refine with the layer's output as it is; that of a pre-norm layer
+        # is of no particular size.
+        source = normed if self.layers[0].pre_norm else content
+        if self.refinement == "look_forward_twice":
+            return head.boxes(source, reference)
+        if isinstance(self.norm, nn.Identity):
+            return output.boxes.detach()
+        return head.boxes(source, reference).detach()
 
 
 class Transformer(nn.Module):
-    """Encoder, query initialiser, decoder (DETR, figure 2)."""
+    """Encoder, query initialiser, denoising, decoder (DETR, figure 2; DN-DETR, figure 4)."""
 
-    def __init__(self, encoder: nn.Module, queries: nn.Module, decoder: nn.Module):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        queries: nn.Module,
+        decoder: nn.Module,
+        denoising: nn.Module | None = None,
+    ):
+        """
+        Args:
+            queries: (memory) -> (Queries, Proposals or None).
+            denoising: (queries, targets or None) -> Queries, with noised ground truth in front.
+        """
         super().__init__()
         self.encoder = encoder
         self.queries = queries
         self.decoder = decoder
+        self.denoising = denoising
 
-    def forward(self, memory: Memory) -> list[LayerOutput]:
+    def forward(self, memory: Memory, targets: Sequence[Target] | None = None) -> Predictions:
+        """
+        Args:
+            memory: tokens of the images, before the encoder.
+            targets: ground truth of each image, where there is some: in training.
+        """
         memory = self.encoder(memory)
         queries, proposals = self.queries(memory)
+        if self.denoising is not None:
+            queries = self.denoising(queries, targets)
         outputs = self.decoder(queries, memory)
-        return outputs if proposals is None else [proposals, *outputs]
+        noised = queries.denoising
+        if noised is None:
+            return Predictions(outputs, proposals)
+        first = noised.valid.shape[1]
+        return Predictions(
+            layers=[LayerOutput(o.logits[:, first:], o.boxes[:, first:]) for o in outputs],
+            proposals=proposals,
+            denoising=[LayerOutput(o.logits[:, :first], o.boxes[:, :first]) for o in outputs],
+            noised=noised,
+        )
