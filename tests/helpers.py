@@ -21,11 +21,25 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 NUM_CLASSES = 5
 
 
-def tiny_cfg(*options: Any) -> CfgNode:
-    """configs/DigitScenes/detr_tiny.yaml shrunk to some 50,000 parameters; `options` as on a
-    command line: key, value, key, value, …"""
+# One small config of each design.
+VARIANTS = (
+    "detr_tiny",
+    "conditional_tiny",
+    "dab_tiny",
+    "dn_tiny",
+    "deformable_tiny",
+    "deformable_refine_tiny",
+    "deformable_two_stage_tiny",
+    "dino_tiny",
+    "fast_tiny",
+)
+
+
+def tiny_cfg(*options: Any, config: str = "detr_tiny") -> CfgNode:
+    """A config of configs/DigitScenes shrunk to some 50,000 parameters; `options` as on a command
+    line: key, value, key, value, …"""
     cfg = get_detr_cfg()
-    cfg.merge_from_file(str(CONFIGS / "DigitScenes" / "detr_tiny.yaml"))
+    cfg.merge_from_file(str(CONFIGS / "DigitScenes" / f"{config}.yaml"))
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 8
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 8

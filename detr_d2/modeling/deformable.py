@@ -71,13 +71,15 @@ class DeformableAttention(nn.Module):
         attended = sample_levels(
             value.unflatten(-1, (self.num_heads, -1)),
             memory.level_shapes,
-            self._locations(offsets.float(), memory, reference.float()),
+            self._locations(offsets, memory, reference),
             weights.unflatten(-1, samples[1:]),
         )
         return self.output_proj(attended.flatten(2))
 
     def _locations(self, offsets: Tensor, memory: Memory, reference: Tensor) -> Tensor:
         """(B, Q, M, L, P, 2) x, y in [0, 1] of the padded levels."""
+        # Half precision knows too few places.
+        offsets = offsets.to(torch.promote_types(offsets.dtype, reference.dtype))
         # (B, Q, 1, L, 1, 2 or 4): the padded maps are larger than the image.
         ratios = memory.valid_ratios[:, None, None, :, None, :]
         reference = reference[:, :, None, None, None, :]
@@ -103,7 +105,6 @@ def sample_levels(
         (B, Q, M, D) in the type of `value`.
     """
     dtype = value.dtype
-    # Half precision knows too few places.
     value, weights = value.to(locations.dtype), weights.to(locations.dtype)
     batch, _, heads, channels = value.shape
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*M, Q, P, 2)

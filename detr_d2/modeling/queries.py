@@ -86,7 +86,8 @@ class TopKQueries(nn.Module):
     ("two-stage": Deformable DETR, section 4.2 and appendix A.4; DINO, section 3.3).
 
     A token proposes a box about its own cell, of 0.05 * 2^level of the image. Cells on padding and
-    those whose box would leave (0.01, 0.99) propose nothing.
+    those whose box would leave (0.01, 0.99) propose nothing: all of them have one and the same
+    score, which training makes low.
     """
 
     def __init__(

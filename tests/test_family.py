@@ -1,0 +1,151 @@
+"""What holds for every design: padding, batch mates and auxiliary losses change no prediction, and
+each learns."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from detr_d2.modeling.neck import padding_mask
+from detr_d2.structures import Memory
+
+from .helpers import VARIANTS, random_inputs, tiny_cfg
+from .test_transformer import assert_equal_outputs
+
+
+def make_model(variant, *options):
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg("MODEL.DETR.NUM_OBJECT_QUERIES", 12, *options, config=variant))
+    for parameter in model.transformer.parameters():
+        if not parameter.any():  # zeros at the start would hide what depends on what
+            torch.nn.init.normal_(parameter, std=0.1)
+    if hasattr(model.transformer.queries, "memory_norm"):
+        # Cells that propose nothing rank low, as in a trained model.
+        torch.nn.init.zeros_(model.transformer.queries.memory_proj.bias)
+        torch.nn.init.zeros_(model.transformer.queries.memory_norm.bias)
+    return model.eval()
+
+
+def as_maps(memory: Memory, images, shapes) -> Memory:
+    """The memory of some of the images on maps of other `shapes`, cropped or padded at the right
+    and at the bottom; what is new is padding and holds large values."""
+    tokens, positions, padding, ratios = [], [], [], []
+    first = 0
+    for (height, width), (new_height, new_width) in zip(memory.level_shapes, shapes, strict=True):
+        cells = slice(first, first + height * width)
+        first += height * width
+
+        def resize(
+            values, fill, height=height, width=width, cells=cells, size=(new_height, new_width)
+        ):
+            old = values[images, cells].view(-1, height, width, *values.shape[2:])
+            new = old.new_full((len(old), *size, *values.shape[2:]), fill)
+            rows, columns = min(height, size[0]), min(width, size[1])
+            new[:, :rows, :columns] = old[:, :rows, :columns]
+            return new
+
+        tokens.append(resize(memory.tokens, 100.0).flatten(1, 2))
+        positions.append(resize(memory.positions, 100.0).flatten(1, 2))
+        mask = resize(memory.padding, True)
+        padding.append(mask.flatten(1))
+        valid = (~mask).float()
+        ratios.append(torch.stack((valid[:, 0].mean(1), valid[:, :, 0].mean(1)), dim=-1))
+    return replace(
+        memory,
+        tokens=torch.cat(tokens, 1),
+        positions=torch.cat(positions, 1),
+        padding=torch.cat(padding, 1),
+        level_shapes=tuple(shapes),
+        valid_ratios=torch.stack(ratios, 1),
+    )
+
+
+def memory_of(model, sizes, padded_size):
+    """What the neck makes of random features of images of these sizes, multiples of 32."""
+    padding = padding_mask(sizes, padded_size, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    features = {}
+    for name, shape in model.backbone.output_shape().items():
+        height, width = (side // shape.stride for side in padded_size)
+        features[name] = torch.randn(len(sizes), shape.channels, height, width, generator=generator)
+    with torch.no_grad():
+        return model.neck(features, padding)
+
+
+def tight_shapes(memory, image):
+    """Shapes of the levels without the padding of one image."""
+    shapes, first = [], 0
+    for height, width in memory.level_shapes:
+        valid = ~memory.padding[image, first : first + height * width].view(height, width)
+        first += height * width
+        shapes.append((int(valid[:, 0].sum()), int(valid[0].sum())))
+    return shapes
+
+
+# The box position measured in the padded image is the published DINO's; it is in no config here.
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_padding_and_batch_mates_change_nothing(variant):
+    model = make_model(variant)
+    memory = memory_of(model, [(96, 128), (128, 64)], (128, 128))
+    together = model.transformer(memory)
+    for image in range(2):
+        here = [type(o)(*(t[image : image + 1] for t in o)) for o in together.layers]
+        alone = as_maps(memory, [image], tight_shapes(memory, image))
+        assert not alone.padding.any()
+        assert_equal_outputs(here, model.transformer(alone), tolerance=2e-4)
+    larger = [(height + 2, width + 3) for height, width in memory.level_shapes]
+    padded = model.transformer(as_maps(memory, [0, 1], larger))
+    assert_equal_outputs(padded, together, tolerance=2e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_auxiliary_losses_change_no_prediction(variant):
+    inputs = random_inputs([(64, 96), (80, 64)])
+    state = make_model(variant).state_dict()
+    outputs = []
+    for deep_supervision in (True, False):
+        shared = ("MODEL.DETR.SHARED_HEADS", True, "MODEL.DETR.DEEP_SUPERVISION", deep_supervision)
+        model = make_model(variant, *shared)
+        model.load_state_dict(
+            {k: v for k, v in state.items() if k in model.state_dict()}, strict=False
+        )
+        outputs.append(model.predict(inputs))
+    assert_equal_outputs(*outputs, tolerance=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_names_of_losses(variant):
+    """Three for each decoder layer, its denoising queries and the proposals; nothing else, since
+    detectron2's trainer sums whatever is there."""
+    model = make_model(variant).train()
+    losses = model(random_inputs([(64, 96), (80, 64)], [3, 1]))
+    suffixes = ["", "_0", "_1"]
+    if model.transformer.denoising is not None:
+        suffixes += [f"_dn{suffix}" for suffix in suffixes]
+    if variant in ("deformable_two_stage_tiny", "dino_tiny", "fast_tiny"):
+        suffixes.append("_enc")
+    assert losses.keys() == {
+        f"loss_{kind}{suffix}" for kind in ("ce", "bbox", "giou") for suffix in suffixes
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_images_are_learnt_by_heart(variant):
+    model = make_model(variant, "MODEL.DETR.DEC_LAYERS", 2, "MODEL.DETR.ENC_LAYERS", 1).train()
+    inputs = random_inputs([(64, 96), (64, 96)], [2, 1])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    torch.manual_seed(0)
+    history = []
+    for _ in range(80):
+        losses = model(inputs)
+        # Of matching queries: denoising has new noise in every step.
+        history.append(sum(losses[f"loss_{kind}"].item() for kind in ("ce", "bbox", "giou")))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    print(variant, history[0], history[-1])
+    assert history[-1] < 0.35 * history[0]
