@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Keeps quotients of boxes without area finite.
+_TINY = 1e-12
+
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) centre, width, height -> (..., 4) two corners."""
@@ -31,18 +34,24 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     Returns:
         (...) in [-1, 1].
     """
-    area1, area2 = box_area(boxes1), box_area(boxes2)
-    low = boxes1[..., :2].maximum(boxes2[..., :2])
-    high = boxes1[..., 2:].minimum(boxes2[..., 2:])
-    intersection = _product((high - low).clamp(min=0))
-    union = area1 + area2 - intersection
-
+    intersection, union = _intersection_and_union(boxes1, boxes2)
     hull_low = boxes1[..., :2].minimum(boxes2[..., :2])
     hull_high = boxes1[..., 2:].maximum(boxes2[..., 2:])
     hull = _product(hull_high - hull_low)
+    return intersection / union.clamp(min=_TINY) - (hull - union) / hull.clamp(min=_TINY)
 
-    tiny = 1e-12
-    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """IoU of boxes that broadcast together: (..., 4) xyxy twice -> (...) in [0, 1]."""
+    intersection, union = _intersection_and_union(boxes1, boxes2)
+    return intersection / union.clamp(min=_TINY)
+
+
+def _intersection_and_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    low = boxes1[..., :2].maximum(boxes2[..., :2])
+    high = boxes1[..., 2:].minimum(boxes2[..., 2:])
+    intersection = _product((high - low).clamp(min=0))
+    return intersection, box_area(boxes1) + box_area(boxes2) - intersection
 
 
 def box_area(boxes: Tensor) -> Tensor:

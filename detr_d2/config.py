@@ -102,8 +102,10 @@ def _add_part_keys(detr: CfgNode) -> None:
     detr.QUERY_CONTENT = "zero"
     # Linear layers from a query's position to its reference point.
     detr.REFERENCE_LAYERS = 2
-    # top_k: rank by one class that stands for any object, and supervise every token.
+    # top_k: rank by one class that stands for any object.
     detr.CLASS_AGNOSTIC_PROPOSALS = False
+    # top_k: losses on the proposals of the "chosen" tokens, or of "all".
+    detr.SUPERVISED_PROPOSALS = "chosen"
     # "static": the queries' own; "conditional" on the content; "modulated" by the box; from the
     # "box"; "padded_box": that box measured in the padded image, as the published DINO has it.
     detr.QUERY_POSITION = "static"
@@ -124,7 +126,8 @@ def _add_part_keys(detr: CfgNode) -> None:
     detr.REFINEMENT = "none"
     # One head for all decoder layers, or one for each.
     detr.SHARED_HEADS = True
-    # "softmax" with "no object", or "sigmoid" with focal loss.
+    # "softmax" with "no object"; "sigmoid" with focal loss; "varifocal": sigmoids that also say how
+    # good the box is.
     detr.CLASSIFICATION = "softmax"
     detr.FOCAL_ALPHA = 0.25
     # Weight of the classes in loss and matching cost.
@@ -148,6 +151,10 @@ def _add_denoising_keys(detr: CfgNode) -> None:
 
 
 def _add_input_keys(cfg: CfgNode) -> None:
+    # Shorter sides, in pixels, that an image is resized to before it is cropped. []: it is not.
+    cfg.INPUT.CROP.RESIZE_SIZES = [400, 500, 600]
+    # Brightness, contrast and saturation are multiplied by 1 plus or minus up to this.
+    cfg.INPUT.COLOR_JITTER = 0.0
     # What to do with annotations that no detector can learn from (empty boxes, NaN, boxes outside
     # the image): "drop" reports and leaves them out, "error" refuses the data set.
     cfg.INPUT.FAULTY_ANNOTATIONS = "drop"

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from .losses import giou_box_loss, l1_box_loss
+from .losses import giou_box_loss, l1_box_loss, paired_iou
 from .structures import Assignment, LayerOutput, NoisedObjects, Predictions, Target
 
 
@@ -152,13 +152,18 @@ class SetCriterion(nn.Module):
             output.logits.shape[:2], self.classification.num_classes, device=boxes.device
         )
         target_classes[pairs] = classes
+        predicted = output.boxes[pairs]
+        iou = None
+        if self.classification.uses_iou:
+            iou = output.boxes.new_zeros(output.boxes.shape[:2])
+            iou[pairs] = paired_iou(predicted.detach(), boxes)
         loss_ce = self.classification.loss(
             output.logits,
             target_classes,
             class_normalizer,
             valid=None if noised is None else noised.valid,
+            iou=iou,
         )
-        predicted = output.boxes[pairs]
         # Every object is there once in each group of denoising queries.
         groups = 1 if noised is None else noised.num_groups
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .box_ops import cxcywh_to_xyxy, generalized_box_iou
+from .box_ops import box_iou, cxcywh_to_xyxy, generalized_box_iou
 
 
 def l1_box_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -20,3 +20,8 @@ def giou_box_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Sum over P of 1 - GIoU (DETR, appendix A.2, equation 10)."""
     giou = generalized_box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
     return (1 - giou).sum()
+
+
+def paired_iou(predicted: Tensor, target: Tensor) -> Tensor:
+    """(P, 4), (P, 4) -> (P,) in [0, 1]."""
+    return box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))

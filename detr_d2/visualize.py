@@ -14,6 +14,8 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
+from .engine.compare import Result
+
 # Height of one drawn image, in pixels, so that small images stay legible.
 HEIGHT = 360
 
@@ -88,6 +90,19 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> None:
         axis.set(xlabel="iteration", title=title, ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_designs(results: Sequence[Result], path: str | Path) -> None:
+    """Writes a picture of AP against minutes of training, a line for each design."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for result in sorted(results, key=lambda r: -r.ap[-1]):
+        axis.plot([0, *result.minutes], [0, *result.ap], "o-", markersize=4, label=result.name)
+    axis.set(xlabel="minutes of training", ylabel="AP on the validation set", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -25,6 +25,7 @@ FREE = {
     "DENOISING.METHOD": CHOICES["DENOISING.METHOD"],
     "SHARED_HEADS": (True, False),
     "CLASS_AGNOSTIC_PROPOSALS": (True, False),
+    "SUPERVISED_PROPOSALS": CHOICES["SUPERVISED_PROPOSALS"],
 }
 
 
@@ -141,6 +142,7 @@ def test_combinations_that_follow_for_free(name):
         ({"BOX_HEAD": "absolute"}, "ignores the references of QUERIES point"),
         ({"DENOISING.METHOD": "dn"}, "makes queries from boxes alone"),
         ({"CLASS_AGNOSTIC_PROPOSALS": True}, "others propose nothing"),
+        ({"SUPERVISED_PROPOSALS": "all"}, "SUPERVISED_PROPOSALS is for QUERIES top_k"),
         ({"SHARED_HEADS": False, "DEEP_SUPERVISION": False}, "without a loss"),
         ({"ENCODER_POSITION_SCALE": True, "ENC_LAYERS": 0}, "needs encoder layers"),
         (

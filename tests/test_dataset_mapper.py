@@ -10,13 +10,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
 from detectron2.data import build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, BoxMode, PolygonMasks
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from detr_d2 import get_detr_cfg
 from detr_d2.data import annotations as annotations_module
 from detr_d2.data import dataset_mapper as mapper_module
 from detr_d2.data.annotations import (
@@ -66,11 +66,8 @@ def resize_only(size, **arguments):
 
 
 def config():
-    cfg = get_cfg()
-    cfg.INPUT.FAULTY_ANNOTATIONS = "drop"
-    cfg.INPUT.SKIP_UNREADABLE_IMAGES = False
+    cfg = get_detr_cfg()
     cfg.INPUT.FORMAT = "RGB"
-    cfg.INPUT.MASK_FORMAT = "bitmask"
     cfg.INPUT.MIN_SIZE_TRAIN = (15, 30, 60)
     cfg.INPUT.MAX_SIZE_TRAIN = 1000
     cfg.INPUT.MIN_SIZE_TEST = 45
@@ -217,7 +214,8 @@ def test_masks_and_boxes_go_through_the_crop_together(image):
     cfg = config()
     cfg.MODEL.MASK_ON = True
     cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = True, "relative", [0.6, 0.6]
-    mapper = DetrDatasetMapper(cfg, crop_resize_sizes=(60,))
+    cfg.INPUT.CROP.RESIZE_SIZES = [60]
+    mapper = DetrDatasetMapper(cfg)
     np.random.seed(0)
     for _ in range(20):
         instances = mapper(image)["instances"]
@@ -598,3 +596,40 @@ def test_an_image_too_thin_to_resize_is_named(tmp_path):
     )
     with pytest.raises(UnreadableImageError, match=r"thin.png \(3000x2 pixels\) cannot be"):
         mapper(record)
+
+
+def test_crop_without_a_resize_before_it(tmp_path):
+    """The crop is taken from the image as it is: half its sides, then resized."""
+    augmentations = build_augmentation(
+        True,
+        min_size=50,
+        max_size=400,
+        flip="none",
+        crop=("relative", (0.5, 0.5)),
+        crop_resize_sizes=(),
+    )
+    pixels = np.arange(40 * 80, dtype=np.uint8).reshape(40, 80, 1).repeat(3, 2)
+    np.random.seed(0)
+    shapes = set()
+    for _ in range(20):
+        augmented = T.AugInput(pixels)
+        transforms = T.AugmentationList(augmentations)(augmented)
+        crops = [t for t in transforms.transforms if hasattr(t, "w") and hasattr(t, "x0")]
+        shapes.update((crop.h, crop.w) for crop in crops)
+        assert augmented.image.shape[:2] == (50, 100)
+    assert shapes == {(20, 40)}
+
+
+def test_color_jitter_changes_pixels_not_boxes(image):
+    def mapped(color_jitter):
+        augmentations = build_augmentation(
+            True, min_size=30, max_size=100, flip="none", color_jitter=color_jitter
+        )
+        np.random.seed(0)
+        return DetrDatasetMapper(True, augmentations=augmentations)(image)
+
+    plain, jittered = mapped(0.0), mapped(0.4)
+    assert torch.equal(plain["instances"].gt_boxes.tensor, jittered["instances"].gt_boxes.tensor)
+    assert plain["image"].shape == jittered["image"].shape
+    assert not torch.equal(plain["image"], jittered["image"])
+    assert len(build_augmentation(False, min_size=30, max_size=100, color_jitter=0.4)) == 1

@@ -37,11 +37,11 @@ def make_memory(seed=0):
     )
 
 
-def top_k(content="memory", class_agnostic=False, num_queries=Q):
+def top_k(content="memory", class_agnostic=False, supervise_all=False, num_queries=Q):
     torch.manual_seed(0)
     head = PredictionHead(C, K, is_offset=True)
     nn.init.normal_(head.box_head.layers[-1].weight)
-    return TopKQueries(num_queries, C, head, content, class_agnostic)
+    return TopKQueries(num_queries, C, head, content, class_agnostic, supervise_all)
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -83,8 +83,9 @@ def test_cells_by_hand():
 
 @torch.no_grad()
 @pytest.mark.parametrize("class_agnostic", [False, True])
-def test_the_best_tokens_are_chosen(class_agnostic):
-    initialiser, memory = top_k(class_agnostic=class_agnostic), make_memory()
+@pytest.mark.parametrize("supervise_all", [False, True])
+def test_the_best_tokens_are_chosen(class_agnostic, supervise_all):
+    initialiser, memory = top_k("memory", class_agnostic, supervise_all), make_memory()
     queries, proposals = initialiser(memory)
     cells, unusable = initialiser._cells(memory)
     tokens = memory.tokens.clone()
@@ -97,9 +98,9 @@ def test_the_best_tokens_are_chosen(class_agnostic):
         best = scores[image].argsort(descending=True)[:Q]
         torch.testing.assert_close(queries.reference[image], boxes[image, best])
         torch.testing.assert_close(queries.content[image], tokens[image, best])
-        if not class_agnostic:
+        if not supervise_all:
             torch.testing.assert_close(proposals.output.logits[image], logits[image, best])
-    if class_agnostic:  # every token is supervised
+    if supervise_all:
         torch.testing.assert_close(proposals.output.logits, logits)
         torch.testing.assert_close(proposals.output.boxes, boxes)
     assert proposals.class_agnostic == class_agnostic

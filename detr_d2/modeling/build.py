@@ -18,7 +18,13 @@ from .attention import ConditionalAttention, PlainAttention, SelfAttention, Sepa
 from .combinations import check_combination
 from .deformable import DeformableAttention
 from .denoising import ContrastiveDenoising, Denoising
-from .heads import MLP, PredictionHead, SigmoidClassification, SoftmaxClassification
+from .heads import (
+    MLP,
+    PredictionHead,
+    SigmoidClassification,
+    SoftmaxClassification,
+    VarifocalClassification,
+)
 from .neck import MultiScaleNeck, SingleScaleNeck
 from .position import LearnedPositionEmbedding, SinePositionEmbedding
 from .queries import AnchorQueries, LearnedQueries, PointQueries, TopKQueries
@@ -82,6 +88,7 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
         query_content=detr.QUERY_CONTENT,
         reference_layers=detr.REFERENCE_LAYERS,
         class_agnostic_proposals=detr.CLASS_AGNOSTIC_PROPOSALS,
+        supervised_proposals=detr.SUPERVISED_PROPOSALS,
         query_position=detr.QUERY_POSITION,
         self_attention=detr.SELF_ATTENTION,
         cross_attention=detr.CROSS_ATTENTION,
@@ -163,6 +170,7 @@ def build_transformer(
     query_content: str = "zero",
     reference_layers: int = 2,
     class_agnostic_proposals: bool = False,
+    supervised_proposals: str = "chosen",
     query_position: str = "static",
     self_attention: str = "plain",
     cross_attention: str = "plain",
@@ -238,7 +246,12 @@ def build_transformer(
         ),
         "anchor": lambda: AnchorQueries(num_queries, hidden_dim, query_content == "learned"),
         "top_k": lambda: TopKQueries(
-            num_queries, hidden_dim, head(), query_content, class_agnostic_proposals
+            num_queries,
+            hidden_dim,
+            head(),
+            query_content,
+            class_agnostic_proposals,
+            supervise_all=supervised_proposals == "all",
         ),
     }[queries]()
     return Transformer(encoder, initialiser, decoder, denoising)
@@ -275,10 +288,11 @@ def build_criterion(
     deep_supervision: bool = True,
 ) -> SetCriterion:
     """Criterion whose matching costs of boxes are its loss weights (DETR, section 3.1)."""
-    if classification == "sigmoid":
-        classes: nn.Module = SigmoidClassification(num_classes, focal_alpha)
-    else:
-        classes = SoftmaxClassification(num_classes, no_object_weight)
+    classes = {
+        "softmax": lambda: SoftmaxClassification(num_classes, no_object_weight),
+        "sigmoid": lambda: SigmoidClassification(num_classes, focal_alpha),
+        "varifocal": lambda: VarifocalClassification(num_classes, focal_alpha),
+    }[classification]()
     matcher = HungarianMatcher(
         classes, class_cost=class_cost, l1_cost=l1_weight, giou_cost=giou_weight
     )

@@ -13,12 +13,13 @@ CHOICES = {
     "ACTIVATION": ("relu", "prelu"),
     "QUERIES": ("learned", "point", "anchor", "top_k"),
     "QUERY_CONTENT": ("zero", "learned", "memory", "position"),
+    "SUPERVISED_PROPOSALS": ("chosen", "all"),
     "QUERY_POSITION": ("static", "conditional", "modulated", "box", "padded_box"),
     "SELF_ATTENTION": ("plain", "separate"),
     "CROSS_ATTENTION": ("plain", "conditional", "deformable"),
     "BOX_HEAD": ("absolute", "offset"),
     "REFINEMENT": ("none", "detached", "look_forward_twice"),
-    "CLASSIFICATION": ("softmax", "sigmoid"),
+    "CLASSIFICATION": ("softmax", "sigmoid", "varifocal"),
     "DENOISING.METHOD": ("none", "dn", "contrastive"),
 }
 
@@ -119,11 +120,15 @@ def _rules(detr: CfgNode) -> list[tuple[bool, str]]:
         (
             detr.QUERIES == "top_k" and detr.CLASSIFICATION == "softmax",
             "MODEL.DETR.QUERIES top_k ranks tokens by the probability of an object, each on its "
-            "own: it needs CLASSIFICATION sigmoid.",
+            "own: it needs CLASSIFICATION sigmoid or varifocal.",
         ),
         (
             detr.QUERIES != "top_k" and detr.CLASS_AGNOSTIC_PROPOSALS,
             "MODEL.DETR.CLASS_AGNOSTIC_PROPOSALS is for QUERIES top_k: others propose nothing.",
+        ),
+        (
+            detr.QUERIES != "top_k" and detr.SUPERVISED_PROPOSALS != "chosen",
+            "MODEL.DETR.SUPERVISED_PROPOSALS is for QUERIES top_k: others propose nothing.",
         ),
         (
             denoises and (not has_box or has_position),
@@ -133,7 +138,7 @@ def _rules(detr: CfgNode) -> list[tuple[bool, str]]:
         (
             denoises and detr.CLASSIFICATION == "softmax",
             "MODEL.DETR.DENOISING divides its losses by objects, softmax by the weights of all "
-            "queries: set CLASSIFICATION to sigmoid.",
+            "queries: set CLASSIFICATION to sigmoid or varifocal.",
         ),
         (
             detr.ENCODER_POSITION_SCALE and detr.ENC_LAYERS == 0,

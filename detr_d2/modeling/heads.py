@@ -23,6 +23,8 @@ class SoftmaxClassification(nn.Module):
     """
 
     smallest_normalizer = 1e-6
+    # Whether the loss looks at the IoU of matched pairs.
+    uses_iou = False
     # Of every class at the start; None: where the initial values of a linear layer put it.
     prior_probability = None
 
@@ -46,6 +48,7 @@ class SoftmaxClassification(nn.Module):
         classes: Tensor,
         normalizer: Tensor,
         valid: Tensor | None = None,
+        iou: Tensor | None = None,
     ) -> Tensor:
         """Weighted cross-entropy.
 
@@ -54,6 +57,7 @@ class SoftmaxClassification(nn.Module):
             classes: (B, Q), `self.num_classes` where no object was matched.
             normalizer: what the weighted sum is divided by, see `normalizer`.
             valid: (B, Q) bool, False for queries that do not count.
+            iou: (B, Q) of box and matched object, for losses that look at it; not used here.
         """
         weights = torch.where(classes == self.num_classes, self.no_object_weight, 1.0)
         if valid is not None:
@@ -98,6 +102,7 @@ class SigmoidClassification(nn.Module):
     """
 
     smallest_normalizer = 1.0
+    uses_iou = False
     prior_probability = 0.01  # Lin et al., section 4.1
 
     def __init__(self, num_classes: int, alpha: float = 0.25, gamma: float = 2.0):
@@ -130,6 +135,7 @@ class SigmoidClassification(nn.Module):
         classes: Tensor,
         normalizer: Tensor,
         valid: Tensor | None = None,
+        iou: Tensor | None = None,
     ) -> Tensor:
         """Focal loss, summed over queries and classes.
 
@@ -138,16 +144,21 @@ class SigmoidClassification(nn.Module):
             classes: (B, Q), `self.num_classes` where no object was matched.
             normalizer: what the sum is divided by, see `normalizer`.
             valid: (B, Q) bool, False for queries that do not count.
+            iou: (B, Q) of box and matched object; not used here.
         """
-        target = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        probability = logits.sigmoid()
-        wrong = probability + target - 2 * probability * target
-        alpha = (1 - self.alpha) + (2 * self.alpha - 1) * target
-        losses = alpha * wrong**self.gamma * cross_entropy
+        is_object = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
+        losses = self._losses(logits, is_object, iou)
         if valid is not None:
             losses = losses * valid[..., None]
         return losses.sum() / normalizer
+
+    def _losses(self, logits: Tensor, is_object: Tensor, iou: Tensor | None) -> Tensor:
+        """(B, Q, K) logits and 0 or 1 for each of them -> (B, Q, K)."""
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, is_object, reduction="none")
+        probability = logits.sigmoid()
+        wrong = probability + is_object - 2 * probability * is_object
+        alpha = (1 - self.alpha) + (2 * self.alpha - 1) * is_object
+        return alpha * wrong**self.gamma * cross_entropy
 
     def normalizer(self, num_queries: int, object_counts: list[int]) -> float:
         """Number of objects, at least 1 (the criterion sees to that)."""
@@ -169,6 +180,19 @@ class SigmoidClassification(nn.Module):
         """
         scores, pairs = logits.sigmoid().flatten().topk(min(limit, logits.numel()))
         return scores, pairs % self.num_classes, pairs // self.num_classes
+
+
+class VarifocalClassification(SigmoidClassification):
+    """Sigmoids that are to predict how good the box is, so that the best boxes come first
+    (Zhang et al., VarifocalNet, 2021, equation 2; in DETRs since RT-DETR)."""
+
+    uses_iou = True
+
+    def _losses(self, logits: Tensor, is_object: Tensor, iou: Tensor | None) -> Tensor:
+        target = is_object * iou[..., None]
+        negative = (1 - self.alpha) * logits.detach().sigmoid() ** self.gamma
+        weight = torch.where(is_object > 0, target, negative)
+        return weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
 class MLP(nn.Module):

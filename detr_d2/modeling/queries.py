@@ -97,6 +97,7 @@ class TopKQueries(nn.Module):
         head: PredictionHead,
         content: str,
         class_agnostic: bool,
+        supervise_all: bool,
     ):
         """
         Args:
@@ -104,14 +105,16 @@ class TopKQueries(nn.Module):
             head: predicts class and box of a token, from the cell's box as reference.
             content: "learned", a vector for each rank (DINO); "memory", the token's features;
                 "position", a projection of the box (Deformable DETR), which gives a position, too.
-            class_agnostic: rank by the first class, which stands for any object, and let all
-                tokens be supervised (Deformable DETR); else by the best class, and the chosen ones
-                are (DINO).
+            class_agnostic: rank by the first class, which stands for any object (Deformable DETR),
+                else by the best class (DINO).
+            supervise_all: propose what every token says (Deformable DETR), else what the chosen
+                ones say (DINO).
         """
         super().__init__()
         self.num_queries = num_queries
         self.channels = hidden_dim // 2
         self.class_agnostic = class_agnostic
+        self.supervise_all = supervise_all
         self.memory_proj = nn.Linear(hidden_dim, hidden_dim)
         nn.init.xavier_uniform_(self.memory_proj.weight)
         self.memory_norm = nn.LayerNorm(hidden_dim)
@@ -135,7 +138,7 @@ class TopKQueries(nn.Module):
 
         features = _take(tokens, chosen)
         boxes = self._boxes(features, _take(cells, chosen))
-        if self.class_agnostic:
+        if self.supervise_all:
             proposals = LayerOutput(logits, self._boxes(tokens, cells))
         else:
             proposals = LayerOutput(_take(logits, chosen), boxes)

@@ -1,0 +1,134 @@
+"""Trains several configs under one budget of time, and tells which had which AP when.
+
+Every training is a run of `tools/train_net.py` with the schedule below: a warm-up, then a cosine
+that ends with the budget. How many iterations that makes is measured first, design by design.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from ..errors import UserError
+
+WARMUP = 100
+# Before the time of an iteration is taken: allocators and caches settle first.
+PROBE_ITERATIONS, PROBE_SKIPPED = 80, 40
+
+
+class Result(NamedTuple):
+    """What a training came to."""
+
+    name: str
+    parameters: float
+    """in millions"""
+    iterations: int
+    minutes: list[float]
+    """of training, without evaluation, at each evaluation"""
+    ap: list[float]
+    ap50: list[float]
+
+
+def compare(
+    train_net: str, configs: Sequence[str], output: Path, minutes: float, evaluations: int = 4
+) -> list[Result]:
+    """Trains each config for as many minutes; results already in `output` are not made again.
+
+    Args:
+        train_net: path of the training script.
+        configs: yaml files.
+        output: folder of the trainings and of `results.json`.
+        minutes: of training each, evaluation aside.
+        evaluations: at equal distances, the last one at the end.
+
+    Raises:
+        UserError: a training failed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    results = []
+    for config in configs:
+        folder = output / Path(config).stem
+        known = folder / "result.json"
+        if not known.is_file():
+            seconds = seconds_per_iteration(train_net, config, folder / "probe")
+            iterations = round(60 * minutes / seconds)
+            train(train_net, config, folder, iterations, max(iterations // evaluations, 1))
+            known.write_text(json.dumps(summarise(folder)._asdict()))
+        results.append(Result(**json.loads(known.read_text())))
+    (output / "results.json").write_text(json.dumps([r._asdict() for r in results], indent=1))
+    return results
+
+
+def train(train_net: str, config: str, folder: Path, iterations: int, period: int) -> None:
+    """One training; `period`: iterations between evaluations, 0 for none."""
+    schedule: dict[str, Any] = {
+        "SOLVER.MAX_ITER": iterations,
+        "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
+        "SOLVER.STEPS": "()",
+        "SOLVER.WARMUP_ITERS": min(WARMUP, iterations // 2),
+        "SOLVER.CHECKPOINT_PERIOD": 10**9,
+        "TEST.EVAL_PERIOD": period,
+    }
+    if not period:
+        schedule["DATASETS.TEST"] = "()"
+    command = [sys.executable, train_net, "--config-file", config, "OUTPUT_DIR", str(folder)]
+    for key, value in schedule.items():
+        command += [key, str(value)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "console.txt", "w") as console:
+        status = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT).returncode
+    if status:
+        last = (folder / "console.txt").read_text().strip().splitlines()[-1:]
+        raise UserError(f"The training of {config} ended with status {status}: {''.join(last)}")
+
+
+def seconds_per_iteration(train_net: str, config: str, folder: Path) -> float:
+    train(train_net, config, folder, PROBE_ITERATIONS, 0)
+    times = [
+        m["time"] for m in read_metrics(folder) if m["iteration"] >= PROBE_SKIPPED and "time" in m
+    ]
+    return median(times)
+
+
+def summarise(folder: Path) -> Result:
+    metrics = read_metrics(folder)
+    seconds = fmean(m["time"] for m in metrics if "time" in m)
+    evaluated = [m for m in metrics if "bbox/AP" in m]
+    log = (folder / "console.txt").read_text()
+    parameters = float(log.partition("Built Detr with ")[2].split()[0])
+    return Result(
+        name=folder.name,
+        parameters=parameters,
+        iterations=metrics[-1]["iteration"] + 1,
+        minutes=[(m["iteration"] + 1) * seconds / 60 for m in evaluated],
+        ap=[m["bbox/AP"] for m in evaluated],
+        ap50=[m["bbox/AP50"] for m in evaluated],
+    )
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown, the best last."""
+    rows = [
+        (
+            r.name,
+            r.parameters,
+            r.iterations,
+            f"{r.minutes[-1]:.1f}",
+            f"{r.ap[-1]:.1f}",
+            f"{r.ap50[-1]:.1f}",
+        )
+        for r in sorted(results, key=lambda r: r.ap[-1])
+    ]
+    headers = ("design", "params (M)", "iterations", "minutes", "AP", "AP50")
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)

@@ -1,0 +1,83 @@
+"""Several designs under one budget: what is run, and what is told of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from detr_d2.engine.compare import Result, compare, table, train
+from detr_d2.errors import UserError
+from detr_d2.visualize import draw_designs
+
+# Stands in for tools/train_net.py: a step takes as long as the config's name says, in tenths of a
+# second, and AP grows with the share of the training that is done.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+name = Path(arguments["--config-file"]).stem
+if name == "broken":
+    sys.exit("no such thing")
+folder = Path(arguments["OUTPUT_DIR"])
+folder.mkdir(parents=True, exist_ok=True)
+print("Built Detr with 2.5 M trainable parameters.")
+iterations, period = int(arguments["SOLVER.MAX_ITER"]), int(arguments["TEST.EVAL_PERIOD"])
+# The probe starts slowly; there are evaluations in the training proper.
+lines = [
+    {"iteration": i, "time": 99.0 if i < 40 and not period else int(name[1:]) / 10}
+    for i in range(19, iterations, 20)
+]
+for i in range(period, iterations + 1, period) if period else ():
+    share = i / iterations
+    lines.append({"iteration": i - 1, "bbox/AP": 40.0 * share, "bbox/AP50": 60.0 * share})
+lines.append({"iteration": iterations - 1})
+(folder / "metrics.json").write_text("".join(json.dumps(line) + chr(10) for line in lines))
+(folder / "arguments.json").write_text(json.dumps(arguments))
+"""
+
+
+@pytest.fixture
+def train_net(tmp_path):
+    path = tmp_path / "train_net.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def test_every_design_has_the_same_time(train_net, tmp_path):
+    """Half a second or a whole one per step: in two minutes 240 or 120 steps."""
+    results = compare(train_net, ["x/s5.yaml", "x/s10.yaml"], tmp_path / "out", minutes=2.0)
+    assert [r.iterations for r in results] == [240, 120]
+    for result in results:
+        assert result.minutes == pytest.approx([0.5, 1.0, 1.5, 2.0])
+        assert result.ap == pytest.approx([10, 20, 30, 40]) and result.ap50[-1] == 60
+        assert result.parameters == 2.5
+    arguments = json.loads((tmp_path / "out" / "s5" / "arguments.json").read_text())
+    assert arguments["SOLVER.LR_SCHEDULER_NAME"] == "WarmupCosineLR"
+    assert "DATASETS.TEST" not in arguments
+    probe = json.loads((tmp_path / "out" / "s5" / "probe" / "arguments.json").read_text())
+    assert probe["DATASETS.TEST"] == "()"
+
+
+def test_known_results_are_not_made_again(train_net, tmp_path):
+    first = compare(train_net, ["x/s5.yaml"], tmp_path / "out", minutes=2.0)
+    Path(train_net).write_text("import sys; sys.exit(1)")
+    assert compare(train_net, ["x/s5.yaml"], tmp_path / "out", minutes=2.0) == first
+    assert [r["name"] for r in json.loads((tmp_path / "out" / "results.json").read_text())] == [
+        "s5"
+    ]
+
+
+def test_a_failure_is_told_with_its_last_line(train_net, tmp_path):
+    with pytest.raises(UserError, match="training of x/broken.yaml .*status 1: no such thing"):
+        train(train_net, "x/broken.yaml", tmp_path / "out", 100, 0)
+
+
+def test_table_and_picture(tmp_path):
+    results = [
+        Result("better", 2.0, 100, [1.0, 2.0], [20.0, 41.25], [30.0, 61.0]),
+        Result("worse", 2.25, 80, [1.0, 2.0], [2.0, 4.0], [3.0, 6.0]),
+    ]
+    rows = table(results).splitlines()
+    assert "design" in rows[0] and "worse" in rows[2] and "better" in rows[3] and "41.2" in rows[3]
+    draw_designs(results, tmp_path / "docs" / "plot.png")
+    assert (tmp_path / "docs" / "plot.png").stat().st_size > 5000
