@@ -36,7 +36,7 @@ class FixedOutput(nn.Module):
         super().__init__()
         self.output = LayerOutput(logits, boxes)
 
-    def forward(self, memory, targets=None):
+    def forward(self, memory, targets=None, last_only=False):
         batch = len(memory.tokens)
         return Predictions([LayerOutput(*(t.expand(batch, -1, -1) for t in self.output))])
 

@@ -97,7 +97,8 @@ class Detr(nn.Module):
             targets = self.prepare_targets(batched_inputs)
             predictions = self.transformer(self.encode_images(batched_inputs), targets)
             return self.criterion(predictions, targets, object_counts)
-        return self.inference(self.predict(batched_inputs)[-1], batched_inputs)
+        predictions = self.transformer(self.encode_images(batched_inputs), last_only=True)
+        return self.inference(predictions.layers[-1], batched_inputs)
 
     def predict(self, batched_inputs: Sequence[dict[str, Any]]) -> list[LayerOutput]:
         """Raw predictions of every decoder layer, the last one last.

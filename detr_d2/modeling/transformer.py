@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from ..structures import LayerOutput, Memory, Predictions, Queries, QueryPosition, Target
@@ -201,8 +202,16 @@ class Decoder(nn.Module):
         self.query_position = query_position
         self.refinement = refinement
 
-    def forward(self, queries: Queries, memory: Memory) -> list[LayerOutput]:
-        """Returns one output per layer: logits (B, Q, K), boxes (B, Q, 4)."""
+    def forward(
+        self, queries: Queries, memory: Memory, last_only: bool = False
+    ) -> list[LayerOutput]:
+        """
+        Args:
+            last_only: leave out what nobody looks at without auxiliary losses.
+
+        Returns:
+            One output per layer, or that of the last: logits (B, Q, K), boxes (B, Q, 4).
+        """
         content = queries.content
         # A layer looks about `reference`; its predictions are offsets from `start`, the same
         # place, through which a gradient may flow.
@@ -212,30 +221,23 @@ class Decoder(nn.Module):
             position = self.query_position(queries, content, reference, memory, index == 0)
             content = layer(content, position, reference, queries.attention_mask, memory)
             head = self.heads[index % len(self.heads)]
-            normed = self.norm(content)
-            outputs.append(head(normed, start))
-            if self.refinement != "none" and index < len(self.layers) - 1:
-                start = self._refine(head, content, normed, reference, outputs[-1])
+            is_last = index == len(self.layers) - 1
+            if is_last or not last_only:
+                outputs.append(head(self.norm(content), start))
+            if self.refinement != "none" and not is_last:
+                start = self._refine(head, content, reference)
                 reference = start.detach()
         return outputs
 
-    def _refine(
-        self,
-        head: nn.Module,
-        content: Tensor,
-        normed: Tensor,
-        reference: Tensor,
-        output: LayerOutput,
-    ) -> Tensor:
+    def _refine(self, head: nn.Module, content: Tensor, reference: Tensor) -> Tensor:
         """(B, Q, 4): where the next layer's predictions start."""
         # The published models refine with the layer's output as it is; that of a pre-norm layer
         # is of no particular size.
-        source = normed if self.layers[0].pre_norm else content
-        if self.refinement == "look_forward_twice":
+        source = self.norm(content) if self.layers[0].pre_norm else content
+        with torch.set_grad_enabled(
+            torch.is_grad_enabled() and self.refinement == "look_forward_twice"
+        ):
             return head.boxes(source, reference)
-        if isinstance(self.norm, nn.Identity):
-            return output.boxes.detach()
-        return head.boxes(source, reference).detach()
 
 
 class Transformer(nn.Module):
@@ -259,17 +261,23 @@ class Transformer(nn.Module):
         self.decoder = decoder
         self.denoising = denoising
 
-    def forward(self, memory: Memory, targets: Sequence[Target] | None = None) -> Predictions:
+    def forward(
+        self,
+        memory: Memory,
+        targets: Sequence[Target] | None = None,
+        last_only: bool = False,
+    ) -> Predictions:
         """
         Args:
             memory: tokens of the images, before the encoder.
             targets: ground truth of each image, where there is some: in training.
+            last_only: predict with the last decoder layer only.
         """
         memory = self.encoder(memory)
         queries, proposals = self.queries(memory)
         if self.denoising is not None:
             queries = self.denoising(queries, targets)
-        outputs = self.decoder(queries, memory)
+        outputs = self.decoder(queries, memory, last_only)
         noised = queries.denoising
         if noised is None:
             return Predictions(outputs, proposals)

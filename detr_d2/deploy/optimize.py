@@ -1,0 +1,102 @@
+"""A detector made fast for inference, without a change of what it finds."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..modeling.heads import PredictionHead
+from ..modeling.meta_arch import Detr
+from ..modeling.queries import TopKQueries
+from . import pack
+from .fold import fold_batch_norms
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def optimize_for_inference(
+    model: Detr, dtype: torch.dtype | str = torch.float32, compile: bool = False
+) -> Detr:
+    """A copy of a model that computes the same, faster; the model itself stays as it is.
+
+    Batch norms are folded into convolutions. On CPUs weights are packed for oneDNN, activations
+    are computed with the layer before them, and position embeddings of unpadded images are kept.
+    Proposals that only training looks at are not made.
+
+    Args:
+        model: a `Detr`.
+        dtype: float32, or bfloat16 for everything but prediction heads and coordinates.
+        compile: `torch.compile` backbone and transformer instead of packing; every new image size
+            may take minutes.
+
+    Raises:
+        UserError: another type.
+    """
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES.values():
+        raise UserError(f"Inference runs in float32 or bfloat16, not in {dtype}.")
+    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    fast.backbone = folded(fast.backbone, fast.device)
+    queries = fast.transformer.queries
+    if isinstance(queries, TopKQueries):
+        queries.supervise_all = False
+    if compile:
+        fast.backbone = torch.compile(fast.backbone)
+        fast.transformer = torch.compile(fast.transformer)
+    elif fast.device.type == "cpu" and pack.is_available():
+        fast.neck.position = RememberedPositions(fast.neck.position)
+        for head in [m for m in fast.modules() if isinstance(m, PredictionHead)]:
+            # float32 whatever the type: a box in bfloat16 is as coarse as 1/256 of the image.
+            pack.pack(head, torch.float32)
+        pack.pack(fast, dtype)
+        return fast
+    if dtype != torch.float32:
+        autocast = torch.autocast(fast.device.type, dtype)
+        fast.forward, fast.predict = autocast(fast.forward), autocast(fast.predict)
+    return fast
+
+
+def folded(backbone: nn.Module, device: torch.device) -> nn.Module:
+    """The backbone with its batch norms folded; unfolded, with a warning, where that changes it:
+    it then uses what a convolution says before the norm, too."""
+    example = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    candidate = copy.deepcopy(backbone)
+    fold_batch_norms(candidate, example)
+    with torch.no_grad():
+        pairs = zip(backbone(example).values(), candidate(example).values(), strict=True)
+        same = all(torch.allclose(b, a, rtol=1e-2, atol=1e-2 * b.abs().max()) for b, a in pairs)
+    if not same:
+        logger.warning("The batch norms of %s are not folded.", type(backbone).__name__)
+    return candidate if same else backbone
+
+
+class RememberedPositions(nn.Module):
+    """Position embeddings of maps without padding, made once for each size."""
+
+    capacity = 64
+
+    def __init__(self, position: nn.Module):
+        """
+        Args:
+            position: (B, H, W) padding -> (B, C, H, W).
+        """
+        super().__init__()
+        self.position = position
+        self._known: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, padding: Tensor) -> Tensor:
+        """(B, H, W) bool, True on padding -> (B, C, H, W)."""
+        if padding.any():
+            return self.position(padding)
+        size = tuple(padding.shape[1:])
+        if size not in self._known:
+            if len(self._known) >= self.capacity:
+                self._known.pop(next(iter(self._known)))
+            self._known[size] = self.position(padding[:1])
+        return self._known[size].expand(len(padding), -1, -1, -1)

@@ -1,0 +1,209 @@
+"""A model made fast finds what the plain one finds, and leaves that one as it was."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from torch import nn
+
+from detr_d2.deploy import optimize_for_inference
+from detr_d2.deploy.fold import fold_batch_norms
+from detr_d2.deploy.optimize import RememberedPositions
+from detr_d2.deploy.pack import PackedConv2d, PackedLinear, is_available
+from detr_d2.errors import UserError
+from detr_d2.modeling.position import SinePositionEmbedding
+
+from .helpers import VARIANTS, random_inputs, tiny_cfg
+
+needs_onednn = pytest.mark.skipif(not is_available(), reason="this PyTorch has no oneDNN")
+
+
+def make_model(variant, *options):
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg(*options, config=variant)).eval()
+    for module in model.modules():  # statistics as after a training
+        if hasattr(module, "running_var"):
+            module.running_var.uniform_(0.5, 2)
+            module.running_mean.normal_(0, 0.2)
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0, 0.2)
+    for parameter in model.transformer.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def assert_same(actual, expected, logits, boxes):
+    torch.testing.assert_close(actual.logits.float(), expected.logits, rtol=0, atol=logits)
+    torch.testing.assert_close(actual.boxes, expected.boxes, rtol=0, atol=boxes)
+
+
+# Images alone and in padded batches, small and large.
+BATCHES = [[(64, 96)], [(96, 128), (128, 64)], [(200, 150), (64, 64), (90, 210)]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_float32_is_equal(variant):
+    model = make_model(variant)
+    fast = optimize_for_inference(model)
+    for sizes in BATCHES:
+        inputs = random_inputs(sizes)
+        expected, actual = model.predict(inputs), fast.predict(inputs)
+        assert len(actual) == len(expected)
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert_same(ours, theirs, 1e-3, 1e-4)
+        for ours, theirs in zip(fast(inputs), model(inputs), strict=True):
+            ours, theirs = ours["instances"], theirs["instances"]
+            assert ours.image_size == theirs.image_size
+            torch.testing.assert_close(ours.scores, theirs.scores, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_bfloat16_is_near(variant):
+    """Of models that choose queries the order may differ, of others nothing by much."""
+    model = make_model(variant)
+    fast = optimize_for_inference(model, "bfloat16")
+    inputs = random_inputs(BATCHES[1])
+    expected, actual = model.predict(inputs)[-1], fast.predict(inputs)[-1]
+    assert actual.boxes.dtype == torch.float32
+    if model.transformer.queries.__class__.__name__ == "TopKQueries":
+        distance = torch.cdist(actual.boxes, expected.boxes, p=float("inf")).min(-1).values
+        assert (distance < 0.05).float().mean() > 0.7
+    else:
+        assert_same(actual, expected, 0.3, 0.05)
+        assert (actual.boxes - expected.boxes).abs().mean() < 5e-3
+
+
+@torch.no_grad()
+def test_the_model_stays_as_it_was():
+    model = make_model("dino_tiny").train()
+    before = copy.deepcopy(model.state_dict())
+    modules = [type(m) for m in model.modules()]
+    fast = optimize_for_inference(model, "bfloat16")
+    fast(random_inputs([(64, 96)]))
+    assert model.training and not fast.training
+    assert [type(m) for m in model.modules()] == modules
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.requires_grad for p in model.transformer.parameters())
+
+
+def test_other_types_are_refused():
+    with pytest.raises(UserError, match="float32 or bfloat16, not in torch.float16"):
+        optimize_for_inference(make_model("detr_tiny"), torch.float16)
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+@torch.no_grad()
+def test_batch_norms_of_detectron2_are_folded(norm):
+    backbone = make_model("detr_tiny", "MODEL.RESNETS.NORM", norm).backbone
+    image = torch.randn(2, 3, 64, 96)
+    expected = backbone(image)["res4"]
+    norms = sum(isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d)) for m in backbone.modules())
+    assert fold_batch_norms(backbone, image[:1]) == norms > 5
+    assert not any(isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm2d)) for m in backbone.modules())
+    torch.testing.assert_close(backbone(image)["res4"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet", "test_resnet"])
+@pytest.mark.parametrize("freeze", [False, True])
+@torch.no_grad()
+def test_batch_norms_of_timm_are_folded(name, freeze):
+    pytest.importorskip("timm")
+    options = ("MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", name)
+    model = make_model("detr_tiny", *options, "MODEL.TIMM.FREEZE_NORM", freeze)
+    backbone, image = model.backbone, torch.randn(2, 3, 64, 96)
+    expected = backbone(image)
+    norms = [n for n, m in backbone.named_modules() if hasattr(m, "running_mean")]
+    assert fold_batch_norms(backbone, image[:1]) == len(norms) > 5
+    assert not any(hasattr(m, "running_mean") for m in backbone.modules())
+    for level, tensor in backbone(image).items():
+        torch.testing.assert_close(tensor, expected[level], rtol=1e-3, atol=1e-3)
+    fast = optimize_for_inference(model)
+    inputs = random_inputs([(64, 96)])
+    plain = build_model_like(model, options, freeze).predict(inputs)[-1]
+    assert_same(fast.predict(inputs)[-1], plain, 1e-3, 1e-4)
+
+
+def build_model_like(model, options, freeze):
+    return make_model("detr_tiny", *options, "MODEL.TIMM.FREEZE_NORM", freeze)
+
+
+class Shared(nn.Module):
+    """A convolution whose output goes to two norms, and one that is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.first, self.second = (
+            nn.Conv2d(3, 4, 1),
+            nn.BatchNorm2d(4),
+            nn.BatchNorm2d(4),
+        )
+        self.twice, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.first(x) + self.second(x)
+        return self.norm(self.twice(self.twice(x)))
+
+
+@torch.no_grad()
+def test_what_is_not_a_pair_is_not_folded():
+    torch.manual_seed(0)
+    module, image = Shared().eval(), torch.randn(1, 3, 8, 8)
+    for norm in (module.first, module.second, module.norm):
+        norm.running_mean.normal_()
+    expected = module(image)
+    assert fold_batch_norms(module, image) == 0
+    torch.testing.assert_close(module(image), expected)
+
+
+@needs_onednn
+@pytest.mark.parametrize("tokens", [1, 7, 300, 2000])
+@torch.no_grad()
+def test_packed_linear(tokens):
+    linear, x = nn.Linear(24, 40), torch.randn(2, tokens, 24)
+    torch.testing.assert_close(
+        PackedLinear(linear, torch.float32)(x), linear(x), rtol=1e-4, atol=1e-5
+    )
+    relu = PackedLinear(linear, torch.float32, "relu")
+    torch.testing.assert_close(relu(x), linear(x).relu(), rtol=1e-4, atol=1e-5)
+    assert PackedLinear(linear, torch.bfloat16)(x).dtype == torch.bfloat16
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "groups"),
+    [(1, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 1), (3, 1, 1, 4)],
+)
+@torch.no_grad()
+def test_packed_convolution(kernel, stride, dilation, groups):
+    convolution = nn.Conv2d(
+        8, 12, kernel, stride, padding=dilation * (kernel // 2), dilation=dilation, groups=groups
+    )
+    packed = PackedConv2d(convolution, torch.float32, "relu")
+    for size in [(5, 7), (30, 20), (64, 64), (90, 130), (5, 7)]:
+        x = torch.randn(2, 8, *size)
+        expected = convolution(x)
+        torch.testing.assert_close(packed(x), expected.relu(), rtol=1e-4, atol=1e-5)
+        summand = torch.randn_like(expected).contiguous(memory_format=torch.channels_last)
+        total = (expected + summand).relu()
+        torch.testing.assert_close(packed(x, summand), total, rtol=1e-4, atol=1e-5)
+    assert len(packed._packed) <= packed.capacity
+
+
+def test_positions_are_remembered_for_unpadded_maps_only():
+    position = SinePositionEmbedding(16)
+    remembered = RememberedPositions(position)
+    none, some = torch.zeros(2, 3, 4, dtype=torch.bool), torch.zeros(2, 3, 4, dtype=torch.bool)
+    some[1, 2:] = True
+    for padding in (none, some, none):
+        assert torch.equal(remembered(padding), position(padding))
+    assert len(remembered._known) == 1
+    assert remembered(none).data_ptr() == remembered(none).data_ptr()
+    for width in range(1, 100):
+        remembered(torch.zeros(1, 2, width, dtype=torch.bool))
+    assert len(remembered._known) == remembered.capacity
