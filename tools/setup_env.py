@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST, NEWEST = (3, 10), (3, 13)
 TORCH, TORCHVISION = "torch>=2.4", "torchvision>=0.19"
-EXTRAS = "fast,digits,timm,test,dev"
+EXTRAS = "fast,digits,timm,finetune,export,test,dev"
 WHEEL = ROOT / "requirements" / "detectron2-wheel.txt"
 NEEDS = ROOT / "requirements" / "detectron2.txt"
 READY, UNFINISHED, STAGE = ".detr_d2-ready", ".detr_d2-unfinished", ".detr_d2-stage"

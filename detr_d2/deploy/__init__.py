@@ -1,5 +1,15 @@
 """Deployment: the same detector, faster, or as a file that other runtimes read."""
 
-from .optimize import optimize_for_inference
+from .export import export_model
+from .optimize import optimize_for_inference, prepare_for_inference, to_dtype
+from .runtime import ExportedDetr, is_exported, load_exported
 
-__all__ = ["optimize_for_inference"]
+__all__ = [
+    "ExportedDetr",
+    "export_model",
+    "is_exported",
+    "load_exported",
+    "optimize_for_inference",
+    "prepare_for_inference",
+    "to_dtype",
+]

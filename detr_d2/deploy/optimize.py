@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-import logging
+import tempfile
+from pathlib import Path
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -13,16 +15,20 @@ from ..modeling.heads import PredictionHead
 from ..modeling.meta_arch import Detr
 from ..modeling.queries import TopKQueries
 from . import pack
-from .fold import fold_batch_norms
+from .export import export_model
+from .fold import folded
+from .runtime import ExportedDetr, load_exported
 
-logger = logging.getLogger(__name__)
-
+BACKENDS = {"torch": "", "onnxruntime": ".onnx", "openvino": ".xml"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def optimize_for_inference(
-    model: Detr, dtype: torch.dtype | str = torch.float32, compile: bool = False
-) -> Detr:
+    model: Detr,
+    dtype: torch.dtype | str = torch.float32,
+    compile: bool = False,
+    backend: str = "torch",
+) -> Detr | ExportedDetr:
     """A copy of a model that computes the same, faster; the model itself stays as it is.
 
     Batch norms are folded into convolutions. On CPUs weights are packed for oneDNN, activations
@@ -34,13 +40,16 @@ def optimize_for_inference(
         dtype: float32, or bfloat16 for everything but prediction heads and coordinates.
         compile: `torch.compile` backbone and transformer instead of packing; every new image size
             may take minutes.
+        backend: "torch", or "openvino" or "onnxruntime", for which the model is exported first.
 
     Raises:
-        UserError: another type.
+        UserError: another type or backend, or the backend's package is missing.
     """
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in DTYPES.values():
-        raise UserError(f"Inference runs in float32 or bfloat16, not in {dtype}.")
+    dtype = to_dtype(dtype)
+    if backend not in BACKENDS:
+        raise UserError(f"The backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
+    if backend != "torch":
+        return exported(model, dtype, BACKENDS[backend])
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fast.backbone = folded(fast.backbone, fast.device)
     queries = fast.transformer.queries
@@ -62,18 +71,31 @@ def optimize_for_inference(
     return fast
 
 
-def folded(backbone: nn.Module, device: torch.device) -> nn.Module:
-    """The backbone with its batch norms folded; unfolded, with a warning, where that changes it:
-    it then uses what a convolution says before the norm, too."""
-    example = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
-    candidate = copy.deepcopy(backbone)
-    fold_batch_norms(candidate, example)
-    with torch.no_grad():
-        pairs = zip(backbone(example).values(), candidate(example).values(), strict=True)
-        same = all(torch.allclose(b, a, rtol=1e-2, atol=1e-2 * b.abs().max()) for b, a in pairs)
-    if not same:
-        logger.warning("The batch norms of %s are not folded.", type(backbone).__name__)
-    return candidate if same else backbone
+def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """
+    Raises:
+        UserError: neither float32 nor bfloat16.
+    """
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES.values():
+        raise UserError(f"Inference runs in float32 or bfloat16, not in {dtype}.")
+    return dtype
+
+
+def prepare_for_inference(cfg: CfgNode, model: Detr) -> nn.Module:
+    """The model as `MODEL.INFERENCE` wants it."""
+    settings = cfg.MODEL.INFERENCE
+    if settings.BACKEND == "none":
+        return model.eval()
+    return optimize_for_inference(model, settings.DTYPE, settings.COMPILE, settings.BACKEND)
+
+
+def exported(model: Detr, dtype: torch.dtype, suffix: str) -> ExportedDetr:
+    """The model by way of a file that is gone again."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"model{suffix}"
+        export_model(model, path)
+        return load_exported(path, dtype)
 
 
 class RememberedPositions(nn.Module):
@@ -99,4 +121,4 @@ class RememberedPositions(nn.Module):
             if len(self._known) >= self.capacity:
                 self._known.pop(next(iter(self._known)))
             self._known[size] = self.position(padding[:1])
-        return self._known[size].expand(len(padding), -1, -1, -1)
+        return self._known[size].expand(padding.shape[0], -1, -1, -1)

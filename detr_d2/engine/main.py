@@ -14,15 +14,18 @@ from detectron2.evaluation import verify_results
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 from yaml import YAMLError
 
 from ..checkpoint import DetrCheckpointer
 from ..config import get_detr_cfg
 from ..data import parse_register_argument, register_coco_dataset
 from ..data.classes import settle_num_classes
+from ..deploy import export_model, is_exported, load_exported, prepare_for_inference, to_dtype
 from ..errors import UserError
 from ..model_zoo import trained_weights
 from .launch import one_line
+from .predictor import DetrPredictor
 from .trainer import DetrTrainer, build_checkpointer
 
 logger = logging.getLogger(__name__)
@@ -177,7 +180,24 @@ def shorten_user_error(record: logging.LogRecord) -> bool:
 
 
 def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
-    """Evaluates `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`.
+    """Evaluates `MODEL.WEIGHTS`, weights or an exported model, or with `resume` the last checkpoint
+    of `OUTPUT_DIR`, in the way `MODEL.INFERENCE` says.
+
+    Raises:
+        UserError: weights that cannot be used.
+    """
+    if is_exported(cfg.MODEL.WEIGHTS):
+        model: nn.Module = load_exported(cfg.MODEL.WEIGHTS, to_dtype(cfg.MODEL.INFERENCE.DTYPE))
+    else:
+        model = prepare_for_inference(cfg, load_trained(cfg, resume))
+    results = DetrTrainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def load_trained(cfg: CfgNode, resume: bool = False) -> nn.Module:
+    """The model with `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`.
 
     Raises:
         UserError: weights that cannot be used.
@@ -188,7 +208,25 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
         raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to evaluate.")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     checkpointer.report.refuse_untrained(cfg.MODEL.WEIGHTS)
-    results = DetrTrainer.test(cfg, model)
-    if comm.is_main_process():
-        verify_results(cfg, results)
-    return results
+    return model
+
+
+def export(config_file: str, path: str, overrides: list[str]) -> None:
+    """Writes a trained model for other runtimes, see `export_model`.
+
+    Raises:
+        UserError: a wrong file, key or number.
+    """
+    cfg = load_config(config_file, overrides)
+    if "MODEL.WEIGHTS" not in overrides[::2]:
+        cfg.MODEL.WEIGHTS = trained_weights(config_file) or cfg.MODEL.WEIGHTS
+    cfg.MODEL.DEVICE, cfg.MODEL.INFERENCE.BACKEND = "cpu", "none"
+    setup_logger(name="detr_d2")
+    predictor = DetrPredictor(cfg)
+    export_model(
+        predictor.model,
+        path,
+        predictor.metadata.get("thing_classes"),
+        min_size=cfg.INPUT.MIN_SIZE_TEST,
+        max_size=cfg.INPUT.MAX_SIZE_TEST,
+    )

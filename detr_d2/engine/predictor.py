@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from torch import nn
 
 from ..checkpoint import load_weights, read_checkpoint
 from ..data import classes_of
 from ..data.classes import compare_num_classes
 from ..data.dataset_mapper import build_augmentation
+from ..deploy import is_exported, load_exported, prepare_for_inference, to_dtype
 
 
 class DetrPredictor(DefaultPredictor):
-    """`DefaultPredictor` whose `MODEL.WEIGHTS` may be of any format that this package knows.
+    """`DefaultPredictor` whose `MODEL.WEIGHTS` may be of any format that this package knows, or an
+    exported model; it computes in the way `MODEL.INFERENCE` says.
 
     The data sets need not be registered: checkpoints of this package tell their classes. Called
     with an image (H, W, 3), uint8, BGR as OpenCV reads it, it returns {"instances": Instances} at
@@ -30,20 +35,28 @@ class DetrPredictor(DefaultPredictor):
         self.cfg = cfg.clone()
         self.cfg.defrost()
         names = [n for n in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN] if n in DatasetCatalog][:1]
-        if names:
-            classes = classes_of(names)
-            self.metadata = MetadataCatalog.get(names[0])
+        self.metadata = MetadataCatalog.get(names[0]) if names else Metadata()
+        if is_exported(cfg.MODEL.WEIGHTS):
+            self.model = load_exported(cfg.MODEL.WEIGHTS, to_dtype(cfg.MODEL.INFERENCE.DTYPE))
+            self.cfg.MODEL.DEVICE = "cpu"
+            classes = self.model.class_names
         else:
-            classes = read_checkpoint(cfg.MODEL.WEIGHTS).get("class_names")
-            self.metadata = Metadata(thing_classes=classes)
-        if not cfg.MODEL.DETR.NUM_CLASSES:
-            num_classes = len(classes) if classes else compare_num_classes(0, [])
-            self.cfg.MODEL.DETR.NUM_CLASSES = num_classes
-        self.model = build_model(self.cfg).eval()
-        if cfg.MODEL.WEIGHTS:
-            report, _ = load_weights(self.model, cfg.MODEL.WEIGHTS, classes)
-            report.refuse_untrained(cfg.MODEL.WEIGHTS)
+            classes = classes_of(names) or read_checkpoint(cfg.MODEL.WEIGHTS).get("class_names")
+            self.model = self._load(classes)
+        if not names:
+            self.metadata.thing_classes = classes
         [self.aug] = build_augmentation(
             False, min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST
         )
         self.input_format = cfg.INPUT.FORMAT
+
+    def _load(self, classes: Sequence[str] | None) -> nn.Module:
+        cfg = self.cfg
+        if not cfg.MODEL.DETR.NUM_CLASSES:
+            num_classes = len(classes) if classes else compare_num_classes(0, [])
+            cfg.MODEL.DETR.NUM_CLASSES = num_classes
+        model = build_model(cfg).eval()
+        if cfg.MODEL.WEIGHTS:
+            report, _ = load_weights(model, cfg.MODEL.WEIGHTS, classes)
+            report.refuse_untrained(cfg.MODEL.WEIGHTS)
+        return prepare_for_inference(cfg, model)

@@ -84,8 +84,12 @@ class DeformableAttention(nn.Module):
         ratios = memory.valid_ratios[:, None, None, :, None, :]
         reference = reference[:, :, None, None, None, :]
         if reference.shape[-1] == 2:
-            sizes = offsets.new_tensor([[width, height] for height, width in memory.level_shapes])
-            return reference * ratios + offsets / sizes[:, None, :]
+            # One by one: a list of sizes would fix them where the model is exported.
+            sizes = [
+                torch.stack([offsets.new_full((), side) for side in (width, height)])
+                for height, width in memory.level_shapes
+            ]
+            return reference * ratios + offsets / torch.stack(sizes)[:, None, :]
         half_sizes = 0.5 * reference[..., 2:] * ratios
         return reference[..., :2] * ratios + offsets / self.num_points * half_sizes
 

@@ -81,19 +81,19 @@ class SoftmaxClassification(nn.Module):
         return logits.argmax(-1) == self.num_classes
 
     def select(self, logits: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Detections of one image: each query gives its best class.
+        """Detections of each image: every query gives its best class.
 
         Args:
-            logits: (Q, K+1).
+            logits: (B, Q, K+1).
             limit: at most so many.
 
         Returns:
-            scores (D,), classes (D,), queries (D,): index of the query behind each detection,
-            best first.
+            scores (B, D), classes (B, D), queries (B, D): index of the query behind each
+            detection, best first.
         """
-        scores, classes = logits.softmax(-1)[:, :-1].max(-1)
-        scores, queries = scores.topk(min(limit, len(scores)))
-        return scores, classes[queries], queries
+        scores, classes = logits.softmax(-1)[..., :-1].max(-1)
+        scores, queries = scores.topk(min(limit, scores.shape[1]), dim=1)
+        return scores, classes.gather(1, queries), queries
 
 
 class SigmoidClassification(nn.Module):
@@ -169,16 +169,17 @@ class SigmoidClassification(nn.Module):
         return logits.max(-1).values < 0
 
     def select(self, logits: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Detections of one image: the best pairs of query and class (Deformable DETR).
+        """Detections of each image: the best pairs of query and class (Deformable DETR).
 
         Args:
-            logits: (Q, K).
+            logits: (B, Q, K).
             limit: at most so many; a query may give several.
 
         Returns:
-            scores (D,), classes (D,), queries (D,), best first.
+            scores (B, D), classes (B, D), queries (B, D), best first.
         """
-        scores, pairs = logits.sigmoid().flatten().topk(min(limit, logits.numel()))
+        probabilities = logits.sigmoid().flatten(1)
+        scores, pairs = probabilities.topk(min(limit, probabilities.shape[1]), dim=1)
         return scores, pairs % self.num_classes, pairs // self.num_classes
 
 

@@ -144,18 +144,32 @@ class Detr(nn.Module):
         self, output: LayerOutput, batched_inputs: Sequence[dict[str, Any]]
     ) -> list[dict[str, Instances]]:
         """Detections of one decoder layer's output, at the size each input asks for."""
+        scores, classes, queries = self.criterion.classification.select(
+            output.logits.float(), self.detections_per_image
+        )
+        boxes = output.boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
+        sizes = torch.tensor([x["image"].shape[-2:] for x in batched_inputs], dtype=boxes.dtype)
+        extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.device, non_blocking=True)
+        return self.detections(cxcywh_to_xyxy(boxes) * extent, scores, classes, batched_inputs)
+
+    @staticmethod
+    def detections(
+        boxes: Tensor,
+        scores: Tensor,
+        classes: Tensor,
+        batched_inputs: Sequence[dict[str, Any]],
+    ) -> list[dict[str, Instances]]:
+        """
+        Args:
+            boxes: (B, D, 4) xyxy, in pixels of the images as they were given.
+            scores, classes: (B, D).
+        """
         results = []
-        for logits, boxes, x in zip(output.logits, output.boxes, batched_inputs, strict=True):
-            scores, classes, queries = self.criterion.classification.select(
-                logits.float(), self.detections_per_image
-            )
+        for corners, x, *rest in zip(boxes, batched_inputs, scores, classes, strict=True):
             height, width = x["image"].shape[-2:]
-            detected = Boxes(cxcywh_to_xyxy(boxes[queries].float()))
-            detected.scale(width, height)
             instances = Instances((height, width))
-            instances.pred_boxes = detected
-            instances.scores = scores
-            instances.pred_classes = classes
+            instances.pred_boxes = Boxes(corners.clone())  # scaled in place below
+            instances.scores, instances.pred_classes = rest
             instances = detector_postprocess(
                 instances, x.get("height", height), x.get("width", width)
             )

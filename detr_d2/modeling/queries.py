@@ -76,7 +76,7 @@ class AnchorQueries(nn.Module):
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals | None]:
         """See the head of this file; references are boxes (B, Q, 4)."""
-        anchors = self.anchors.weight.expand(len(memory.tokens), -1, -1)
+        anchors = self.anchors.weight.expand(memory.tokens.shape[0], -1, -1)
         zeros = memory.tokens.new_zeros(*anchors.shape[:2], self.hidden_dim)
         return Queries(_content(self.content, zeros), reference=anchors.float().sigmoid()), None
 
@@ -153,7 +153,7 @@ class TopKQueries(nn.Module):
             return Queries(content, position, boxes)
         if self.takes_features:
             return Queries(features, reference=boxes)
-        content = self.content.weight[: boxes.shape[1]].expand(len(boxes), -1, -1)
+        content = self.content.weight[: boxes.shape[1]].expand(boxes.shape[0], -1, -1)
         return Queries(content.to(features.dtype), reference=boxes)
 
     def _boxes(self, tokens: Tensor, cells: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class TopKQueries(nn.Module):
 
 def _for_each_image(embedding: nn.Embedding, memory: Memory) -> Tensor:
     """(Q, C) weights -> (B, Q, C) in the memory's type."""
-    return embedding.weight.to(memory.tokens.dtype).expand(len(memory.tokens), -1, -1)
+    return embedding.weight.to(memory.tokens.dtype).expand(memory.tokens.shape[0], -1, -1)
 
 
 def _content(embedding: nn.Embedding | None, like: Tensor) -> Tensor:

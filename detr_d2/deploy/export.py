@@ -1,0 +1,136 @@
+"""A detector as a file that other runtimes read: `torch.export`, ONNX, OpenVINO.
+
+Number of images, height and width are free in every format; the inputs and outputs are those of
+`ExportableDetr`. Beside the file lies a `.json` that says what its pixels and classes are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError, require_package
+from ..modeling.meta_arch import Detr
+from .exportable import INPUTS, OUTPUTS, ExportableDetr
+from .runtime import Run, open_model
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = {".pt2": "torch.export", ".onnx": "ONNX", ".xml": "OpenVINO"}
+# (images, height, width) of what is compared with PyTorch before a file counts as written, and the
+# largest differences of scores and, in pixels, of boxes.
+TRIALS = ((1, 320, 448), (1, 512, 384), (2, 416, 416))
+SCORE_TOLERANCE, PIXEL_TOLERANCE = 1e-3, 0.5
+
+
+def export_model(
+    model: Detr,
+    path: str | Path,
+    class_names: Sequence[str] | None = None,
+    trials: Sequence[tuple[int, int, int]] = TRIALS,
+    **described: Any,
+) -> None:
+    """Writes a model to `.pt2`, `.onnx` or `.xml` (with a `.bin` beside it), whatever `path` ends
+    in, after its detections were compared with PyTorch's.
+
+    Args:
+        class_names: written to the `.json`.
+        trials: sizes that are compared, see `TRIALS`.
+        described: further plain values for the `.json`.
+
+    Raises:
+        UserError: another ending, a package that is missing, or detections that differ.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"'{path}' must end in one of {', '.join(SUFFIXES)}.")
+    exportable = ExportableDetr(model).cpu()
+    # Only what was compared gets its final name.
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / path.name
+        write(exportable, draft)
+        scores, pixels = largest_differences(exportable, open_model(draft), trials)
+        found = f"scores differ from PyTorch's by up to {scores:.1e}, boxes by {pixels:.1e} pixels"
+        if not (scores <= SCORE_TOLERANCE and pixels <= PIXEL_TOLERANCE):
+            raise UserError(f"'{path}' is not written: its {found}.")
+        description = {
+            "inputs": "images (B, 3, H, W) float32 in [0, 255], padded below and right; "
+            "sizes (B, 2) int64 height and width without padding",
+            "outputs": "boxes (B, D, 4) x1, y1, x2, y2 in pixels; scores (B, D); classes (B, D)",
+            "input_format": model.input_format,
+            "class_names": list(class_names) if class_names else None,
+            **described,
+        }
+        draft.with_suffix(".json").write_text(json.dumps(description, indent=1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file in sorted(Path(folder).iterdir()):
+            shutil.move(file, path.parent / file.name)
+    logger.info("Wrote '%s' (%s): %s.", path, SUFFIXES[path.suffix], found)
+
+
+def write(exportable: ExportableDetr, path: Path) -> None:
+    """Traces the model and writes it in the format that `path` ends in."""
+    images, sizes = torch.zeros(2, 3, 320, 352), torch.tensor([[320, 352], [256, 300]])
+    free = torch.export.Dim.DYNAMIC
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            exportable, (images, sizes), dynamic_shapes=({0: free, 2: free, 3: free}, {0: free})
+        )
+    if path.suffix == ".pt2":
+        torch.export.save(program, path)
+        return
+    onnx = path.with_suffix(".onnx")
+    _write_onnx(program, (images, sizes), onnx)
+    if path.suffix == ".xml":
+        openvino = require_package("openvino", "export")
+        # By way of ONNX, whose operators OpenVINO knows better than those of PyTorch's programs.
+        openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=False)
+        onnx.unlink()
+
+
+def _write_onnx(program: Any, inputs: tuple[Tensor, ...], path: Path) -> None:
+    for package in ("onnx", "onnxscript"):
+        require_package(package, "export")
+    for talkative in ("onnxscript", "onnx_ir"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        converted = torch.onnx.export(
+            program, inputs, dynamo=True, input_names=INPUTS, output_names=OUTPUTS, verbose=False
+        )
+        converted.save(str(path))
+
+
+def largest_differences(
+    exportable: ExportableDetr, run: Run, trials: Sequence[tuple[int, int, int]]
+) -> tuple[float, float]:
+    """Largest differences of scores, and of boxes in pixels, from PyTorch's.
+
+    The images of a batch have different sizes. Equal scores may come in any order, so each of
+    PyTorch's boxes is compared with the nearest one of its class.
+    """
+    generator = torch.Generator().manual_seed(0)
+    worst = torch.zeros(2)
+    for batch, height, width in trials:
+        images = 255 * torch.rand(batch, 3, height, width, generator=generator)
+        sizes = torch.tensor([[height - 20 * i, width - 33 * i] for i in range(batch)])
+        with torch.no_grad():
+            expected = exportable(images, sizes)
+        boxes, scores, classes = run(images, sizes)
+        differences = torch.cdist(expected[0], boxes, p=float("inf"))
+        differences = differences.masked_fill(expected[2][..., None] != classes[:, None], 1e6)
+        # Of detections that hardly count, the last may be others.
+        counts = expected[1] > expected[1][:, -1:] + SCORE_TOLERANCE
+        pixels = (differences.amin(-1) * counts).amax()
+        worst = worst.maximum(torch.stack(((expected[1] - scores).abs().amax(), pixels)))
+    return worst[0].item(), worst[1].item()

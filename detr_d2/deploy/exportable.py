@@ -1,0 +1,71 @@
+"""A detector as one function of tensors, which `torch.export` can trace.
+
+Shapes: B images, H and W of the padded batch in pixels, D detections per image.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..box_ops import cxcywh_to_xyxy
+from ..modeling.meta_arch import Detr
+from ..modeling.queries import TopKQueries
+from .fold import folded
+
+INPUTS = ("images", "sizes")
+OUTPUTS = ("boxes", "scores", "classes")
+
+
+class ExportableDetr(nn.Module):
+    """`Detr` from padded images to detections: normalisation, padding mask and selection included.
+
+    What is padded counts for nothing, so an image has the same detections alone and in a batch.
+    """
+
+    def __init__(self, model: Detr):
+        super().__init__()
+        model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.backbone = folded(model.backbone, model.device)
+        self.neck = model.neck
+        self.transformer = model.transformer
+        if isinstance(self.transformer.queries, TopKQueries):
+            self.transformer.queries.supervise_all = False
+        self.classification = model.criterion.classification
+        self.detections_per_image = model.detections_per_image
+        self.register_buffer("pixel_mean", model.pixel_mean)
+        self.register_buffer("pixel_std", model.pixel_std)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            images: (B, 3, H, W) float32 in [0, 255], in the model's channel order; padded at the
+                bottom and at the right with anything.
+            sizes: (B, 2) int64 height and width of each image without padding.
+
+        Returns:
+            boxes (B, D, 4) xyxy in pixels of the images as given; scores (B, D), best first;
+            classes (B, D) int64.
+        """
+        padding = self.padding(images, sizes)
+        pixels = (images - self.pixel_mean) / self.pixel_std
+        pixels = pixels.masked_fill(padding[:, None], 0)
+        memory = self.neck(self.backbone(pixels), padding)
+        output = self.transformer(memory, last_only=True).layers[-1]
+        scores, classes, queries = self.classification.select(
+            output.logits.float(), self.detections_per_image
+        )
+        boxes = output.boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
+        extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
+        return cxcywh_to_xyxy(boxes) * extent, scores, classes
+
+    @staticmethod
+    def padding(images: Tensor, sizes: Tensor) -> Tensor:
+        """(B, H, W) bool, True on padding."""
+        rows = torch.arange(images.shape[2], device=images.device)
+        columns = torch.arange(images.shape[3], device=images.device)
+        below = rows[None, :, None] >= sizes[:, :1, None]
+        right = columns[None, None, :] >= sizes[:, 1:, None]
+        return below | right

@@ -1,0 +1,121 @@
+"""Exported files: the same detections at any size, in batches, through evaluator and predictor."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+
+from detr_d2 import export_model, load_exported, optimize_for_inference
+from detr_d2.deploy import export
+from detr_d2.deploy.exportable import ExportableDetr
+from detr_d2.errors import UserError
+
+from .helpers import VARIANTS, random_inputs
+from .test_optimize import make_model
+
+SUFFIXES = [".pt2", ".onnx", ".xml"]
+# These stand for all: single- and multi-scale, learned and chosen queries, softmax and sigmoid.
+QUICK = [("detr_tiny", ".pt2"), ("detr_tiny", ".xml"), ("dino_tiny", ".onnx")]
+
+
+@pytest.fixture(autouse=True)
+def packages():
+    for name in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(name)
+
+
+@pytest.mark.parametrize(
+    ("variant", "suffix"),
+    [
+        pytest.param(*both, marks=() if both in QUICK else pytest.mark.slow)
+        for both in product(VARIANTS, SUFFIXES)
+    ],
+)
+@torch.no_grad()
+def test_files_hold_the_same_detector(tmp_path, variant, suffix):
+    model = make_model(variant, "TEST.DETECTIONS_PER_IMAGE", 5)
+    path = tmp_path / f"model{suffix}"
+    export_model(model, path, ["a", "b"], trials=[(1, 160, 224), (2, 192, 128)], min_size=800)
+    described = json.loads(path.with_suffix(".json").read_text())
+    assert described["class_names"] == ["a", "b"] and described["min_size"] == 800
+    assert not list(tmp_path.glob("*.onnx")) or suffix == ".onnx"
+    exported = load_exported(path)
+    # Other sizes and numbers than those it was traced and compared with.
+    for sizes in ([(96, 70)], [(64, 96), (130, 128), (200, 65)]):
+        inputs = random_inputs(sizes)
+        inputs[0] |= {"height": 480, "width": 640}
+        for ours, theirs in zip(exported(inputs), model(inputs), strict=True):
+            ours, theirs = ours["instances"], theirs["instances"]
+            assert ours.image_size == theirs.image_size
+            torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-3, atol=1e-4)
+            distance = torch.cdist(theirs.pred_boxes.tensor, ours.pred_boxes.tensor)
+            assert distance.min(1).values.max() < 0.1
+
+
+@torch.no_grad()
+def test_padding_is_handled_inside():
+    """The same image alone and in a batch, whatever lies beside it."""
+    exportable = ExportableDetr(make_model("conditional_tiny"))
+    image = 255 * torch.rand(1, 3, 64, 96)
+    boxes, scores, classes = exportable(image, torch.tensor([[64, 96]]))
+    batch = 1e3 * torch.rand(2, 3, 96, 128)
+    batch[0, :, :64, :96] = image[0]
+    # The backbone sees zeros beyond the image in either case.
+    together = exportable(batch, torch.tensor([[64, 96], [96, 128]]))
+    torch.testing.assert_close(together[1][:1], scores, rtol=0, atol=0.05)
+    other = batch.clone()
+    other[0, :, 64:] = other[0, :, :, 96:] = -77.0
+    again = exportable(other, torch.tensor([[64, 96], [96, 128]]))
+    assert all(torch.equal(a, b) for a, b in zip(again, together, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@torch.no_grad()
+def test_as_a_backend_of_optimize_for_inference(backend, monkeypatch):
+    monkeypatch.setattr(export, "TRIALS", ((1, 160, 224),))
+    model = make_model("detr_tiny")
+    fast = optimize_for_inference(model, backend=backend)
+    inputs = random_inputs([(64, 96), (80, 64)])
+    for ours, theirs in zip(fast(inputs), model(inputs), strict=True):
+        scores = ours["instances"].scores, theirs["instances"].scores
+        torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-4)
+
+
+def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
+    def wrong(path, dtype=torch.float32):
+        return lambda images, sizes: (
+            torch.zeros(len(images), 7, 4),
+            torch.zeros(len(images), 7),
+            torch.zeros(len(images), 7, dtype=torch.int64),
+        )
+
+    monkeypatch.setattr(export, "open_model", wrong)
+    monkeypatch.setattr(export, "write", lambda exportable, path: path.write_text(""))
+    with pytest.raises(UserError, match="model.onnx' is not written: its scores differ"):
+        export_model(make_model("detr_tiny"), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_that_are_none_are_refused(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    with pytest.raises(UserError, match="no exported model at"):
+        load_exported(path)
+    path.write_bytes(b"something else")
+    with pytest.raises(UserError, match=f"model{suffix}' cannot be opened as an exported model"):
+        load_exported(path)
+
+
+def test_refusals(tmp_path, monkeypatch):
+    model = make_model("detr_tiny")
+    with pytest.raises(UserError, match="must end in one of .pt2, .onnx, .xml"):
+        export_model(model, tmp_path / "model.pth")
+    with pytest.raises(UserError, match="'tensorrt'; it must be one of torch, onnxruntime"):
+        optimize_for_inference(model, backend="tensorrt")
+    with pytest.raises(UserError, match="only OpenVINO's files"):
+        (tmp_path / "model.onnx").write_bytes(b"")
+        load_exported(tmp_path / "model.onnx", torch.bfloat16)
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(UserError, match="'onnxscript' is needed here .* pip install onnxscript"):
+        export_model(model, tmp_path / "model.onnx")
