@@ -236,3 +236,24 @@ def test_valid_ratio():
     assert valid_ratio(padding).tolist() == [[0.5, 0.5], [1, 1]]
     padding = padding_mask([(1, 6)], (4, 6), torch.device("cpu"))
     assert valid_ratio(padding).tolist() == [[1, 0.25]]
+
+
+@pytest.mark.parametrize(
+    ("name", "freeze_at", "last"),
+    [
+        ("tf_efficientnet_lite0", 0, None),
+        ("tf_efficientnet_lite0", 1, "blocks.0.0.conv_pw.weight"),
+        ("tf_efficientnet_lite0", 3, "blocks.2.1.conv_pwl.weight"),
+        ("resnet18", 1, "conv1.weight"),
+        ("resnet18", 2, "layer1.1.conv2.weight"),
+        ("convnext_atto", 2, "stages_0.blocks.1.mlp.fc2.bias"),
+    ],
+)
+def test_freeze_at_of_timm(name, freeze_at, last):
+    """Everything up to the map of stride 2 ** freeze_at, and nothing after it."""
+    pytest.importorskip("timm")
+    options = ("MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME", name)
+    body = build_backbone(tiny_cfg(*options, "MODEL.BACKBONE.FREEZE_AT", freeze_at)).body
+    names = [name for name, _ in body.named_parameters()]
+    frozen = [name for name, p in body.named_parameters() if not p.requires_grad]
+    assert frozen == (names[: names.index(last) + 1] if last else [])

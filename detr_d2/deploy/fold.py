@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
+
+from ..modeling.frozen_norm import following_norms, unfold_frozen_norms
 
 logger = logging.getLogger(__name__)
 
@@ -43,63 +44,21 @@ def fold_batch_norms(module: nn.Module, example: Tensor) -> int:
         How many were folded.
     """
     folded = 0
+    unfold_frozen_norms(module)
     for convolution in module.modules():
         norm = getattr(convolution, "norm", None)
         if isinstance(convolution, nn.Conv2d) and isinstance(norm, _BATCH_NORMS):
             _fold(convolution, norm)
             convolution.norm = None
             folded += 1
-    for convolution, name in _pairs(module, example):
-        parent, _, child = name.rpartition(".")
-        norm = module.get_submodule(name)
+    names = {child: name for name, child in module.named_modules()}
+    for convolution, norm in following_norms(module, example):
+        parent, _, child = names[norm].rpartition(".")
         _fold(convolution, norm)
         # timm's norms apply dropout and an activation, too; in evaluation only the latter counts.
         setattr(module.get_submodule(parent), child, getattr(norm, "act", None) or nn.Identity())
         folded += 1
     return folded
-
-
-def _pairs(module: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, str]]:
-    """Convolutions and the names of the batch norms that take their output, called once each."""
-    names = {child: name for name, child in module.named_modules()}
-    outputs: dict[int, nn.Conv2d] = {}
-    calls: dict[nn.Module, int] = {}
-    kept: list[Tensor] = []  # so that no address is used twice
-    found: list[tuple[nn.Conv2d, str]] = []
-
-    def after(child: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls[child] = calls.get(child, 0) + 1
-        if isinstance(child, nn.Conv2d):
-            kept.append(output)
-            outputs[id(output)] = child
-        elif id(inputs[0]) in outputs:
-            found.append((outputs[id(inputs[0])], names[child]))
-
-    hooks: list[Callable] = [
-        child.register_forward_hook(after).remove
-        for child in module.modules()
-        if isinstance(child, nn.Conv2d) or _is_plain_batch_norm(child)
-    ]
-    try:
-        with torch.no_grad():
-            module(example)
-    finally:
-        for remove in hooks:
-            remove()
-    convolutions = [convolution for convolution, _ in found]
-    return [
-        (convolution, name)
-        for convolution, name in found
-        if convolutions.count(convolution) == calls[convolution] == 1
-        and calls[module.get_submodule(name)] == 1
-    ]
-
-
-def _is_plain_batch_norm(module: nn.Module) -> bool:
-    """Also timm's frozen ones, which are classes of its own with the same four tensors."""
-    tensors = {name for name, _ in [*module.named_buffers(recurse=False)]}
-    tensors |= {name for name, _ in module.named_parameters(recurse=False)}
-    return {"weight", "bias", "running_mean", "running_var"} <= tensors
 
 
 @torch.no_grad()

@@ -75,6 +75,7 @@ def train(train_net: str, config: str, folder: Path, iterations: int, period: in
         "SOLVER.WARMUP_ITERS": min(WARMUP, iterations // 2),
         "SOLVER.CHECKPOINT_PERIOD": 10**9,
         "TEST.EVAL_PERIOD": period,
+        "DATALOADER.NUM_WORKERS": 0,
     }
     if not period:
         schedule["DATASETS.TEST"] = "()"

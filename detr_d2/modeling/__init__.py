@@ -3,5 +3,14 @@
 from .backbone import TimmBackbone
 from .build import build_criterion, build_parts, build_transformer
 from .meta_arch import Detr
+from .registry import CROSS_ATTENTION_REGISTRY, QUERIES_REGISTRY
 
-__all__ = ["Detr", "TimmBackbone", "build_criterion", "build_parts", "build_transformer"]
+__all__ = [
+    "CROSS_ATTENTION_REGISTRY",
+    "QUERIES_REGISTRY",
+    "Detr",
+    "TimmBackbone",
+    "build_criterion",
+    "build_parts",
+    "build_transformer",
+]

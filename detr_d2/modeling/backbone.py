@@ -90,13 +90,22 @@ class TimmBackbone(Backbone):
     are too noisy to learn from.
     """
 
-    def __init__(self, name: str, out_indices: list[int], pretrained: bool, freeze_norm: bool):
+    def __init__(
+        self,
+        name: str,
+        out_indices: list[int],
+        pretrained: bool,
+        freeze_norm: bool,
+        freeze_at: int = 0,
+    ):
         """
         Args:
             name: timm model name.
             out_indices: which of the model's feature maps to return; [] all.
             pretrained: let timm load (and download) its weights.
             freeze_norm: replace batch norms by constant affine maps.
+            freeze_at: freeze what leads to the maps of stride 2 ** freeze_at and less, as
+                `MODEL.BACKBONE.FREEZE_AT` does with ResNets; 0: nothing.
         """
         super().__init__()
         try:
@@ -123,6 +132,25 @@ class TimmBackbone(Backbone):
         self._out_features = [f"p{index}" for index in range(len(info.channels()))]
         self._out_feature_channels = dict(zip(self._out_features, info.channels(), strict=True))
         self._out_feature_strides = dict(zip(self._out_features, info.reduction(), strict=True))
+        self._freeze(freeze_at)
+
+    def _freeze(self, freeze_at: int) -> None:
+        """Modules are in the order of the computation: frozen are all up to the one that makes the
+        map."""
+        maps = self.body.feature_info.info
+        makers = [each["module"] for each in maps if each["reduction"] <= 2**freeze_at]
+        if not freeze_at or not makers:
+            return
+        # Some models flatten containers: blocks.1 may be called blocks_1.
+        last = makers[-1].replace(".", "_")
+        is_inside = False
+        for name, module in self.body.named_modules():
+            below = f"{name}.".replace(".", "_").startswith(f"{last}_")
+            if is_inside and not below:
+                return
+            is_inside = below
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps (B, channels, H / stride, W / stride) by name."""
@@ -137,5 +165,9 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Backbone from `MODEL.TIMM`. Weights: timm's own, or any file given as MODEL.WEIGHTS."""
     timm_cfg = cfg.MODEL.TIMM
     return TimmBackbone(
-        timm_cfg.NAME, timm_cfg.OUT_INDICES, timm_cfg.PRETRAINED, timm_cfg.FREEZE_NORM
+        timm_cfg.NAME,
+        timm_cfg.OUT_INDICES,
+        timm_cfg.PRETRAINED,
+        timm_cfg.FREEZE_NORM,
+        cfg.MODEL.BACKBONE.FREEZE_AT if timm_cfg.FREEZE_NORM else 0,
     )

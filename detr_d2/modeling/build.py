@@ -34,6 +34,7 @@ from .query_position import (
     ModulatedQueryPosition,
     StaticQueryPosition,
 )
+from .registry import CROSS_ATTENTION_REGISTRY, QUERIES_REGISTRY
 from .transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 
 QUERY_POSITIONS: dict[str, Callable[[int], nn.Module]] = {
@@ -199,6 +200,9 @@ def build_transformer(
             return DeformableAttention(**deformable)
         if kind == "conditional":
             return ConditionalAttention(**attention, dropout=dropout, is_first=is_first)
+        if kind in CROSS_ATTENTION_REGISTRY:
+            registered = CROSS_ATTENTION_REGISTRY.get(kind)
+            return registered(**attention, dropout=dropout, num_levels=num_levels)
         return PlainAttention(**attention, dropout=dropout)
 
     def head(index: int = 0) -> PredictionHead:
@@ -239,7 +243,7 @@ def build_transformer(
         query_position=QUERY_POSITIONS[query_position](hidden_dim),
         refinement=refinement,
     )
-    initialiser = {
+    initialisers = {
         "learned": lambda: LearnedQueries(num_queries, hidden_dim),
         "point": lambda: PointQueries(
             num_queries, hidden_dim, query_content == "learned", reference_layers
@@ -253,7 +257,11 @@ def build_transformer(
             class_agnostic_proposals,
             supervise_all=supervised_proposals == "all",
         ),
-    }[queries]()
+    }
+    if queries in initialisers:
+        initialiser = initialisers[queries]()
+    else:
+        initialiser = QUERIES_REGISTRY.get(queries)(num_queries=num_queries, hidden_dim=hidden_dim)
     return Transformer(encoder, initialiser, decoder, denoising)
 
 

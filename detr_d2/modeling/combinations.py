@@ -5,7 +5,13 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from ..errors import UserError
+from .registry import CROSS_ATTENTION_REGISTRY, QUERIES_REGISTRY
 
+REGISTRIES = {
+    "QUERIES": QUERIES_REGISTRY,
+    "CROSS_ATTENTION": CROSS_ATTENTION_REGISTRY,
+    "ENCODER_ATTENTION": CROSS_ATTENTION_REGISTRY,
+}
 CHOICES = {
     "POSITION_EMBEDDING": ("sine", "learned"),
     "NECK": ("single_scale", "multi_scale"),
@@ -33,13 +39,16 @@ def check_combination(detr: CfgNode) -> None:
         UserError: a part that does not exist, or parts that make no sense together; with the
             reason.
     """
+    knows_rules = True
     for key, choices in CHOICES.items():
         value = detr.DENOISING.METHOD if key == "DENOISING.METHOD" else detr[key]
-        if value not in choices:
-            raise UserError(
-                f"MODEL.DETR.{key} is {value!r}; it must be one of {', '.join(choices)}."
-            )
-    for is_wrong, reason in _rules(detr):
+        registered = [name for name, _ in REGISTRIES.get(key, ())]
+        if value in registered:
+            knows_rules = False
+        elif value not in choices:
+            known = ", ".join([*choices, *registered])
+            raise UserError(f"MODEL.DETR.{key} is {value!r}; it must be one of {known}.")
+    for is_wrong, reason in _rules(detr) if knows_rules else ():
         if is_wrong:
             raise UserError("These parts do not go together. " + reason)
 

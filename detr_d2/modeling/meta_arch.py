@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..box_ops import cxcywh_to_xyxy, xyxy_to_cxcywh
 from ..structures import LayerOutput, Memory, Target
 from .build import build_parts
+from .frozen_norm import fold_frozen_norms
 from .neck import padding_mask
 
 
@@ -52,6 +53,7 @@ class Detr(nn.Module):
             input_format: channel order of the images that the model is given.
         """
         super().__init__()
+        fold_frozen_norms(backbone)
         self.backbone = backbone
         self.neck = neck
         self.transformer = transformer

@@ -1,0 +1,88 @@
+"""Frozen norms folded into weights: the same values and gradients, under the same names."""
+
+import copy
+
+import pytest
+import torch
+from detectron2.modeling import build_backbone
+
+from detr_d2.modeling.frozen_norm import fold_frozen_norms, unfold_frozen_norms
+
+from .helpers import tiny_cfg
+
+R18 = ("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", 18)
+R18 += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.NORM", "FrozenBN")
+TIMM = ("MODEL.BACKBONE.NAME", "build_timm_backbone", "MODEL.TIMM.NAME")
+BACKBONES = {
+    "basic": ("MODEL.RESNETS.NORM", "FrozenBN"),
+    "resnet18": R18,
+    "timm resnet": (*TIMM, "test_resnet"),
+    "timm efficientnet": (*TIMM, "test_efficientnet"),
+    "timm lite0": (*TIMM, "tf_efficientnet_lite0"),
+}
+
+
+def make(name):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    backbone = build_backbone(tiny_cfg(*BACKBONES[name], "MODEL.BACKBONE.FREEZE_AT", 0))
+    for module in backbone.modules():
+        if hasattr(module, "running_var"):
+            module.running_var.uniform_(0.5, 2)
+            module.running_mean.normal_(0, 0.2)
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.2)
+    return backbone.train()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_values_and_gradients_are_equal(name):
+    plain = make(name).double()
+    folded = copy.deepcopy(plain)
+    norms = sum(hasattr(m, "running_var") for m in plain.modules())
+    assert fold_frozen_norms(folded) == norms > 5
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    image = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    expected, actual = plain(image), folded(image)
+    for level, tensor in expected.items():
+        torch.testing.assert_close(actual[level], tensor)
+    for outputs in (expected, actual):
+        sum((t / t.detach().abs().max()).sum() for t in outputs.values()).backward()
+    for (parameter_name, ours), theirs in zip(
+        folded.named_parameters(), plain.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=parameter_name)
+
+
+@pytest.mark.parametrize("name", ["basic", "timm resnet"])
+@torch.no_grad()
+def test_state_dicts_load_either_way(name):
+    plain, folded = make(name), make(name)
+    fold_frozen_norms(folded)
+    other = {key: tensor + 0.1 for key, tensor in plain.state_dict().items()}
+    plain.load_state_dict(other)
+    folded.load_state_dict(other)
+    image = torch.randn(1, 3, 64, 64)
+    for ours, theirs in zip(folded(image).values(), plain(image).values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+
+
+@torch.no_grad()
+def test_unfolding_brings_back_what_was():
+    backbone = make("timm efficientnet")
+    types = [type(m) for m in backbone.modules()]
+    image = torch.randn(1, 3, 64, 64)
+    expected = list(backbone(image).values())[-1]
+    fold_frozen_norms(backbone)
+    assert [type(m) for m in backbone.modules()] != types
+    assert backbone.training
+    unfold_frozen_norms(backbone)
+    assert [type(m) for m in backbone.modules()] == types
+    assert torch.equal(list(backbone(image).values())[-1], expected)
+
+
+def test_norms_that_learn_are_left_alone():
+    torch.manual_seed(0)
+    backbone = build_backbone(tiny_cfg())
+    assert fold_frozen_norms(backbone) == 0
