@@ -26,6 +26,7 @@ from .annotations import (
     drop_annotations,
     find_faulty_annotations,
 )
+from .resize import ResizeShortestEdge
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def build_augmentation(
             this.
     """
     if not is_train:
-        return [T.ResizeShortestEdge(min_size, max_size, "choice")]
+        return [ResizeShortestEdge(min_size, max_size, "choice")]
     if flip not in ("none", "horizontal", "vertical"):
         raise UserError(
             f"INPUT.RANDOM_FLIP is '{flip}', it must be 'none', 'horizontal' or 'vertical'."
@@ -83,9 +84,9 @@ def build_augmentation(
     if crop is not None:
         cropping: list[T.Augmentation] = [T.RandomCrop(*crop)]
         if crop_resize_sizes:
-            cropping.insert(0, T.ResizeShortestEdge(list(crop_resize_sizes), sample_style="choice"))
+            cropping.insert(0, ResizeShortestEdge(list(crop_resize_sizes), sample_style="choice"))
         augmentations.append(T.RandomApply(T.AugmentationList(cropping), prob=CROP_PROBABILITY))
-    augmentations.append(T.ResizeShortestEdge(min_size, max_size, sample_style))
+    augmentations.append(ResizeShortestEdge(min_size, max_size, sample_style))
     if color_jitter:
         bounds = 1 - color_jitter, 1 + color_jitter
         augmentations += [f(*bounds) for f in (T.RandomBrightness, T.RandomContrast)]

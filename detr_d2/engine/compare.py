@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
@@ -100,7 +100,7 @@ def seconds_per_iteration(train_net: str, config: str, folder: Path) -> float:
 
 def summarise(folder: Path) -> Result:
     metrics = read_metrics(folder)
-    seconds = fmean(m["time"] for m in metrics if "time" in m)
+    seconds = median(m["time"] for m in metrics if "time" in m)
     evaluated = [m for m in metrics if "bbox/AP" in m]
     log = (folder / "console.txt").read_text()
     parameters = float(log.partition("Built Detr with ")[2].split()[0])

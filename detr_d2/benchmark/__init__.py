@@ -1,0 +1,1 @@
+"""Measuring this package against its peers and the machine it runs on."""

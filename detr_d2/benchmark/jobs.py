@@ -1,0 +1,393 @@
+"""What is measured: each job returns sections of a report."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, Instances
+from PIL import Image, ImageFilter
+from torch import nn
+
+from ..box_ops import cxcywh_to_xyxy
+from ..data import DetrDatasetMapper
+from ..data.dataset_mapper import build_augmentation
+from ..deploy import optimize_for_inference
+from ..engine.optimizer import build_optimizer
+from ..errors import require_package
+from ..evaluation.coco_metrics import compute_coco_metrics
+from ..model_zoo import get_config
+from ..modeling import build_criterion
+from ..structures import LayerOutput, Predictions, Target
+from .models import NUM_CLASSES, build_foreign, build_pair, contestants, own_runner, random_inputs
+from .timing import Timing, fitted_exponent, take_turns
+
+
+class Section(NamedTuple):
+    """One table of the report."""
+
+    title: str
+    timings: list[Timing]
+    options: dict[str, Any] = {}
+    """further arguments of `timing.table`"""
+    remarks: tuple[str, ...] = ()
+
+
+# GFLOP of one image, counted with fvcore at the size that is measured.
+WORK = {("DETR R50", 800, 1066): 172.0}
+
+
+def inference(rounds: int, quick: bool) -> list[Section]:
+    cases = [("DETR R50", 1, 800, 1066)]
+    if not quick:
+        cases += [("DETR R50", 4, 640, 640), ("Deformable DETR R50", 1, 800, 1066)]
+        cases += [("DINO R50", 1, 800, 1066)]
+    sections = []
+    for name, batch, height, width in cases:
+        model, foreign = build_pair(name)
+        inputs = random_inputs(batch, height, width)
+        runs, notes, missing = contestants(model, foreign, inputs, quick)
+        timings = take_turns(runs, rounds, warmup=2, notes=notes)
+        work = WORK.get((name, height, width))
+        sections.append(
+            Section(
+                f"{name}, {batch} x {height}x{width}",
+                timings,
+                {"work": work * batch if work else None, "per": "images/s", "amount": batch},
+                (*(f"{k}: {v}" for k, v in missing.items()), differences(model, foreign, inputs)),
+            )
+        )
+    return sections
+
+
+def differences(model: nn.Module, foreign: nn.Module | None, inputs: list[dict]) -> str:
+    """Largest differences of logits and boxes from the plain model, and of that from
+    transformers."""
+    with torch.no_grad():
+        plain = model.predict(inputs)[-1]
+        parts = []
+        for dtype in ("float32", "bfloat16"):
+            fast = optimize_for_inference(model, dtype).predict(inputs)[-1]
+            parts.append(
+                f"optimised {dtype}: logits {largest(fast.logits, plain.logits):.1e}, "
+                f"boxes {largest(fast.boxes, plain.boxes):.1e}"
+            )
+        if foreign is not None:
+            pixels = model.preprocess_image(inputs).tensor
+            theirs = foreign(pixel_values=pixels)
+            parts.append(
+                f"plain from transformers: logits {largest(plain.logits, theirs.logits):.1e}, "
+                f"boxes {largest(plain.boxes, theirs.pred_boxes):.1e}"
+            )
+    return "Largest differences: " + "; ".join(parts) + "."
+
+
+def largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.float() - b.float()).abs().max().item()
+
+
+def random_targets(counts: list[int], seed: int = 0) -> list[Target]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = []
+    for count in counts:
+        size = 0.1 + 0.4 * torch.rand(count, 2, generator=generator)
+        centre = size / 2 + (1 - size) * torch.rand(count, 2, generator=generator)
+        classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
+        targets.append(Target(classes, torch.cat((centre, size), 1)))
+    return targets
+
+
+def training(rounds: int, quick: bool) -> list[Section]:
+    """A whole step: forward, losses of all layers, backward, clipping, AdamW."""
+    model, foreign = build_pair("DETR R50")
+    foreign.config.auxiliary_loss = True
+    inputs, targets = random_inputs(2, 512, 640), random_targets([7, 7])
+    for x, target in zip(inputs, targets, strict=True):
+        x["instances"] = Instances((512, 640))
+        corners = cxcywh_to_xyxy(target.boxes) * torch.tensor([640, 512, 640, 512])
+        x["instances"].gt_boxes, x["instances"].gt_classes = Boxes(corners), target.classes
+    labels = [{"class_labels": t.classes, "boxes": t.boxes} for t in targets]
+    images = torch.stack([x["image"] for x in inputs])
+    pixels = (images - model.pixel_mean) / model.pixel_std
+    parameters = [p for p in foreign.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+
+    def theirs() -> None:
+        optimizer.zero_grad()
+        foreign(pixel_values=pixels, labels=labels).loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 0.1)
+        optimizer.step()
+
+    cfg = get_config("COCO-Detection/detr_R_50_500ep.yaml")
+    cfg.SOLVER.BASE_LR = 1e-6
+    own_optimizer = build_optimizer(cfg, model)
+
+    def ours(dtype: torch.dtype | None) -> Callable:
+        def step() -> None:
+            own_optimizer.zero_grad()
+            with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                losses = model(inputs)
+            sum(losses.values()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            own_optimizer.step()
+
+        return step
+
+    model.train()
+    foreign.train()
+    runs = {
+        "transformers": theirs,
+        "detr_d2": ours(None),
+        "detr_d2, bfloat16": ours(torch.bfloat16),
+    }
+    notes = {"transformers": "float32", "detr_d2": "float32", "detr_d2, bfloat16": "bfloat16"}
+    timings = take_turns(runs, rounds, notes=notes)
+    return [Section("Training step, DETR R50, 2 x 512x640, 7 objects each", timings)]
+
+
+def criterion(rounds: int, quick: bool) -> list[Section]:
+    """Matching and losses of 6 layers for 16 images of 30 objects, forward and backward."""
+    transformers = require_package("transformers", "test")
+    from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+
+    config = transformers.DetrConfig(auxiliary_loss=True, num_labels=NUM_CLASSES)
+    targets = random_targets([30] * 16)
+    labels = [{"class_labels": t.classes, "boxes": t.boxes} for t in targets]
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(16, 100, NUM_CLASSES + 1, generator=generator) for _ in range(6)]
+    boxes = [torch.stack([t.boxes for t in random_targets([100] * 16, seed)]) for seed in range(6)]
+    leaves = [tensor.requires_grad_() for tensor in (*logits, *boxes)]
+    ours = build_criterion(num_classes=NUM_CLASSES)
+
+    def own() -> float:
+        outputs = [LayerOutput(a, b) for a, b in zip(logits, boxes, strict=True)]
+        total = sum(ours(Predictions(outputs), targets).values())
+        total.backward()
+        return total.item()
+
+    def theirs() -> float:
+        total, _, _ = ForObjectDetectionLoss(
+            logits[-1],
+            labels,
+            torch.device("cpu"),
+            boxes[-1],
+            config,
+            outputs_class=torch.stack(logits),
+            outputs_coord=torch.stack(boxes),
+        )
+        total.backward()
+        return total.item()
+
+    gradients = []
+    totals = []
+    for work in (theirs, own):
+        for leaf in leaves:
+            leaf.grad = None
+        totals.append(work())
+        gradients.append(torch.cat([leaf.grad.flatten() for leaf in leaves]))
+    remark = (
+        f"Totals {totals[0]:.6f} and {totals[1]:.6f}; largest difference of gradients "
+        f"{largest(*gradients):.1e} of {gradients[0].abs().max().item():.1e}."
+    )
+    timings = take_turns({"transformers": theirs, "detr_d2": own}, 4 * rounds, warmup=2)
+    return [Section("Criterion, 16 images x 30 objects x 6 layers", timings, {}, (remark,))]
+
+
+def data(rounds: int, quick: bool) -> list[Section]:
+    """Decoding and DETR's augmentation of 640x480 JPEGs on one core."""
+    sizes = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+    crop = ("absolute_range", (384, 600))
+    resize_and_crop = [T.ResizeShortestEdge([400, 500, 600], sample_style="choice")]
+    resize_and_crop.append(T.RandomCrop(*crop))
+    theirs = [
+        T.RandomFlip(),
+        T.RandomApply(T.AugmentationList(resize_and_crop), prob=0.5),
+        T.ResizeShortestEdge(sizes, 1333, "choice"),
+    ]
+    ours_too = build_augmentation(True, min_size=sizes, max_size=1333, crop=crop)
+    with tempfile.TemporaryDirectory() as folder:
+        records = [
+            write_photograph(Path(folder) / f"{i}.jpg", i) for i in range(8 if quick else 24)
+        ]
+        plain = DatasetMapper(
+            is_train=True, augmentations=theirs, image_format="RGB", use_instance_mask=False
+        )
+        ours = DetrDatasetMapper(True, augmentations=ours_too)
+
+        def run(mapper: Callable) -> Callable:
+            def work() -> None:
+                np.random.seed(0)
+                for record in records:
+                    mapper({**record, "annotations": [dict(a) for a in record["annotations"]]})
+
+            return work
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            runs = {"detectron2's mapper": run(plain), "detr_d2": run(ours)}
+            timings = take_turns(runs, rounds)
+        finally:
+            torch.set_num_threads(threads)
+    options = {"per": "images/s per core", "amount": len(records)}
+    return [Section("Loading 640x480 JPEGs with DETR's augmentation", timings, options)]
+
+
+def write_photograph(path: Path, seed: int) -> dict[str, Any]:
+    """A JPEG with detail at all scales, as photographs have, and an annotation."""
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((480, 640, 3))
+    for radius in (1, 4, 16, 64):
+        noise = Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8))
+        blurred = np.asarray(noise.filter(ImageFilter.GaussianBlur(radius)), float) - 127.5
+        pixels += blurred / blurred.std() * radius**0.5 * 8
+    Image.fromarray((pixels + 127.5).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    box = {"bbox": [100.0, 80.0, 400.0, 350.0], "bbox_mode": 0, "category_id": 0, "iscrowd": 0}
+    return {"file_name": str(path), "height": 480, "width": 640, "annotations": [box]}
+
+
+def evaluation(rounds: int, quick: bool) -> list[Section]:
+    """COCO's box metrics of 100 detections per image."""
+    count = 100 if quick else 500
+    rng = np.random.default_rng(0)
+    annotations, detections = [], []
+    for image in range(count):
+        for _ in range(7):
+            box = [*rng.uniform(0, 400, 2), *rng.uniform(20, 200, 2)]
+            category = int(rng.integers(1, 81))
+            annotations.append({"image_id": image, "category_id": category, "bbox": box})
+            shifted = [v + rng.normal(0, 5) for v in box]
+            detections.append((image, category, shifted, rng.uniform(0.5, 1)))
+        for _ in range(93):
+            box = [*rng.uniform(0, 400, 2), *rng.uniform(20, 200, 2)]
+            detections.append((image, int(rng.integers(1, 81)), box, rng.uniform(0, 0.5)))
+    truth = {
+        "images": [{"id": i, "width": 640, "height": 640} for i in range(count)],
+        "annotations": [
+            {**a, "id": i + 1, "area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0}
+            for i, a in enumerate(annotations)
+        ],
+        "categories": [{"id": i, "name": str(i)} for i in range(1, 81)],
+    }
+    names = ("image_id", "category_id", "bbox", "score")
+    found = [dict(zip(names, detection, strict=True)) for detection in detections]
+    runs, summaries = {}, {}
+    for backend in ("pycocotools", "hotcoco"):
+        try:
+            require_package(backend, "fast")
+        except ValueError:
+            continue
+
+        def work(backend: str = backend) -> None:
+            summaries[backend] = compute_coco_metrics(truth, found, backend=backend).summary()
+
+        runs[backend] = work
+    timings = take_turns(runs, min(rounds, 3))
+    same = len({str(summary) for summary in summaries.values()}) == 1
+    remark = f"All 12 numbers are {'equal' if same else 'NOT EQUAL'}."
+    return [Section(f"Evaluation of {count} images x 100 detections", timings, {}, (remark,))]
+
+
+def memory(rounds: int, quick: bool) -> list[Section]:
+    """Peak memory of one forward pass, each in a process of its own."""
+    side = 640 if quick else 1333
+    runs = {
+        "transformers, eager attention": ("eager", side),
+        "transformers": ("sdpa", side),
+        "detr_d2": ("plain", side),
+        "detr_d2, optimised": ("fast", side),
+        "detr_d2, optimised, bfloat16": ("bfloat16", side),
+    }
+    context = multiprocessing.get_context("spawn")
+    lines = []
+    for name, arguments in runs.items():
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_peak, args=(*arguments, sender))
+        process.start()
+        peak = receiver.recv()
+        process.join()
+        lines.append((name, peak))
+    first = lines[0][1]
+    remarks = tuple(f"{name}: {peak:.0f} MiB, {peak / first:.0%}" for name, peak in lines)
+    title = f"Peak memory beyond the loaded model, DETR R50-DC5, 1 x {side}x{side}"
+    return [Section(title, [], {}, remarks)]
+
+
+def _peak(kind: str, side: int, sender: Any) -> None:
+    inputs = random_inputs(1, side, side)
+    if kind in ("eager", "sdpa"):
+        model = build_foreign("Detr", dilation=True, attn_implementation=kind)
+        pixels = torch.stack([x["image"] for x in inputs]).float() / 255
+
+        def run() -> Any:
+            with torch.no_grad():
+                return model(pixel_values=pixels)
+    else:
+        ours, _ = build_pair("DETR R50-DC5")
+        if kind != "plain":
+            ours = optimize_for_inference(ours, "bfloat16" if kind == "bfloat16" else "float32")
+        run = own_runner(ours, inputs)
+    before = _maximum()
+    run()
+    sender.send(_maximum() - before)
+
+
+def _maximum() -> float:
+    """MiB that this process ever held; macOS counts bytes, Linux KiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def growth(rounds: int, quick: bool) -> list[Section]:
+    """How the time grows with image side, batch, queries and objects."""
+    model = optimize_for_inference(build_pair("DETR R50")[0])
+    remarks, timings = [], []
+
+    def study(title: str, sizes: list[int], work: Callable[[int], Callable]) -> None:
+        runs = {f"{title} {size}": work(size) for size in sizes}
+        measured = take_turns(runs, min(rounds, 3))
+        exponent = fitted_exponent(sizes, [t.median for t in measured])
+        remarks.append(f"{title}: time grows with exponent {exponent:.2f}.")
+        timings.extend(measured)
+
+    sides = [320, 480] if quick else [320, 480, 640, 960]
+    study("image side", sides, lambda side: own_runner(model, random_inputs(1, side, side)))
+    batches = [1, 2] if quick else [1, 2, 4, 8]
+    study("batch of 320x320", batches, lambda n: own_runner(model, random_inputs(n, 320, 320)))
+    ours = build_criterion(num_classes=NUM_CLASSES)
+
+    def losses(queries: int, objects: int) -> Callable:
+        generator = torch.Generator().manual_seed(0)
+        targets = random_targets([objects] * 8)
+        outputs = [
+            LayerOutput(
+                torch.randn(8, queries, NUM_CLASSES + 1, generator=generator),
+                torch.stack([t.boxes for t in random_targets([queries] * 8, layer)]),
+            )
+            for layer in range(6)
+        ]
+        return lambda: ours(Predictions(outputs), targets)
+
+    study("criterion, queries", [100, 300, 900], lambda n: losses(n, 20))
+    study("criterion, objects", [5, 20, 80], lambda n: losses(300, n))
+    return [Section("Growth of cost", timings, {}, tuple(remarks))]
+
+
+JOBS: dict[str, Callable[[int, bool], list[Section]]] = {
+    "inference": inference,
+    "train": training,
+    "criterion": criterion,
+    "data": data,
+    "evaluation": evaluation,
+    "memory": memory,
+    "growth": growth,
+}

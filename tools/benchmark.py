@@ -1,0 +1,46 @@
+#!/usr/bin/env python
+"""Measures speed and memory against transformers, other runtimes and the machine's own ceiling.
+
+python tools/benchmark.py inference train criterion data evaluation memory growth
+python tools/benchmark.py --quick --json output/benchmark.json --picture output/benchmark.png
+"""
+
+import argparse
+import sys
+
+from detr_d2.benchmark.jobs import JOBS
+from detr_d2.benchmark.report import draw, machine, print_section, write_json
+from detr_d2.benchmark.timing import measure_ceilings
+from detr_d2.errors import UserError
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"of {', '.join(JOBS)}; all")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, sizes and contestants")
+    parser.add_argument("--rounds", type=int, help="that count; 5, with --quick 2")
+    parser.add_argument("--json", metavar="FILE", help="where to write all seconds")
+    parser.add_argument("--picture", metavar="FILE", help="where to write the plot")
+    args = parser.parse_args()
+    if unknown := [job for job in args.jobs if job not in JOBS]:
+        parser.error(f"there is no job {unknown[0]!r}; choose from {', '.join(JOBS)}")
+    rounds = args.rounds or (2 if args.quick else 5)
+
+    print(machine(), flush=True)
+    ceilings = measure_ceilings()
+    for name, value in ceilings.items():
+        print(f"- {name}: {value:.0f}" + ("" if "GB" in name else " GFLOP/s"), flush=True)
+    sections = []
+    for job in args.jobs or JOBS:
+        try:
+            found = JOBS[job](rounds, args.quick)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        for section in found:
+            print_section(section, ceilings)
+        sections += found
+    if args.json:
+        write_json(args.json, sections, ceilings)
+    if args.picture:
+        draw(args.picture, sections)
