@@ -48,7 +48,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if not parameters:
         raise UserError("The model has no parameter to train: everything is frozen.")
     if solver.OPTIMIZER == "ADAMW":
-        optimizer = torch.optim.AdamW(parameters, lr=solver.BASE_LR)
+        # One kernel for all parameters, where their device has it.
+        devices = {p.device.type for group in parameters for p in group["params"]}
+        fused = devices <= {"cpu"} or devices <= {"cuda"}
+        optimizer = torch.optim.AdamW(parameters, lr=solver.BASE_LR, fused=fused)
     elif solver.OPTIMIZER == "SGD":
         optimizer = torch.optim.SGD(
             parameters, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV

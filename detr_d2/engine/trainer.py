@@ -46,6 +46,8 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         cfg = settle_num_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         model = self.build_model(cfg)
+        if cfg.SOLVER.COMPILE:
+            compile_for_training(model)
         optimizer = self.build_optimizer(cfg, model)
         StepTrainer.__init__(
             self,
@@ -98,6 +100,13 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+
+def compile_for_training(model: nn.Module) -> None:
+    """Compiles what has all the arithmetic, in place; names of parameters stay. Sizes are left
+    free, for augmentation changes them from step to step."""
+    for part in (model.backbone, model.transformer.encoder, model.transformer.decoder):
+        part.compile(dynamic=True)
 
 
 def build_checkpointer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from .query_position import (
     ModulatedQueryPosition,
     StaticQueryPosition,
 )
+from .recompute import recompute_backbone
 from .registry import CROSS_ATTENTION_REGISTRY, QUERIES_REGISTRY
 from .transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 
@@ -58,6 +59,9 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
         )
     check_combination(detr)
     backbone = build_backbone(cfg)
+    recomputed = check_recomputed(cfg.MODEL.ACTIVATION_CHECKPOINTING)
+    if "backbone" in recomputed:
+        recompute_backbone(backbone)
     neck = build_neck(cfg, backbone)
     criterion = build_criterion(
         num_classes=resolve_num_classes(cfg),
@@ -85,6 +89,7 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
         num_points=detr.NUM_POINTS,
         encoder_attention=detr.ENCODER_ATTENTION,
         encoder_position_scale=detr.ENCODER_POSITION_SCALE,
+        recompute_encoder="encoder" in recomputed,
         queries=detr.QUERIES,
         query_content=detr.QUERY_CONTENT,
         reference_layers=detr.REFERENCE_LAYERS,
@@ -115,6 +120,15 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
         "transformer": transformer,
         "criterion": criterion,
     }
+
+
+def check_recomputed(parts: Sequence[str]) -> Sequence[str]:
+    for part in parts:
+        if part not in ("backbone", "encoder"):
+            raise UserError(
+                f"MODEL.ACTIVATION_CHECKPOINTING names {part!r}; it may have backbone and encoder."
+            )
+    return parts
 
 
 def build_neck(cfg: CfgNode, backbone: nn.Module) -> nn.Module:
@@ -167,6 +181,7 @@ def build_transformer(
     num_points: int = 4,
     encoder_attention: str = "plain",
     encoder_position_scale: bool = False,
+    recompute_encoder: bool = False,
     queries: str = "learned",
     query_content: str = "zero",
     reference_layers: int = 2,
@@ -228,6 +243,7 @@ def build_transformer(
             if encoder_position_scale
             else None
         ),
+        recompute=recompute_encoder,
     )
     decoder = Decoder(
         [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..structures import LayerOutput, Memory, Predictions, Queries, QueryPosition, Target
 from .deformable import token_centres
+from .recompute import run as run_recomputed
 
 
 class FeedForward(nn.Module):
@@ -92,9 +93,11 @@ class Encoder(nn.Module):
         layers: list[nn.Module],
         norm: nn.Module | None = None,
         position_scale: nn.Module | None = None,
+        recompute: bool = False,
     ):
         """
         Args:
+            recompute: activation checkpointing, layer by layer.
             position_scale: what each layer's input multiplies the positions with, channel by
                 channel (DAB-DETR's code; not in the paper).
         """
@@ -102,6 +105,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.position_scale = position_scale
+        self.recompute = recompute
 
     def forward(self, memory: Memory) -> Memory:
         centres = token_centres(memory.level_shapes, memory.valid_ratios)
@@ -109,7 +113,11 @@ class Encoder(nn.Module):
         for layer in self.layers:
             if self.position_scale is not None:
                 positions = memory.positions * self.position_scale(tokens)
-            tokens = layer(replace(memory, tokens=tokens, positions=positions), centres)
+            entering = replace(memory, tokens=tokens, positions=positions)
+            if self.recompute:
+                tokens = run_recomputed(layer, layer, entering, centres)
+            else:
+                tokens = layer(entering, centres)
         if self.norm is not None:
             tokens = self.norm(tokens)
         return replace(memory, tokens=tokens)
