@@ -18,10 +18,11 @@ if find_spec("detectron2") is None:
 
 from . import model_zoo, modeling
 from .config import add_detr_config, get_detr_cfg
-from .data import register_coco_dataset, register_digit_scenes
+from .data import register_coco_dataset, register_digit_panoptic, register_digit_scenes
 from .deploy import export_model, load_exported, optimize_for_inference
 
 register_digit_scenes()
+register_digit_panoptic()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -44,6 +44,18 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Weight of "no object" in the cross-entropy: most queries have no object.
     detr.NO_OBJECT_WEIGHT = 0.1
 
+    # With MODEL.MASK_ON.
+    detr.MASK_WEIGHT = 1.0
+    detr.DICE_WEIGHT = 1.0
+    # Of the masks' logits, in pixels. Below the backbone's finest map, the image itself helps.
+    detr.MASK_STRIDE = 4
+    # One segment for every pixel. Queries with a lower score are left out, and segments of no more
+    # pixels than MIN_AREA.
+    detr.PANOPTIC = CfgNode()
+    detr.PANOPTIC.ENABLED = False
+    detr.PANOPTIC.SCORE_THRESHOLD = 0.85
+    detr.PANOPTIC.MIN_AREA = 4
+
     # Transformer.
     detr.NHEADS = 8
     detr.DROPOUT = 0.1

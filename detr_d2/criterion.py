@@ -5,15 +5,22 @@ Shapes: B images, Q queries, K logits, P matched pairs. Boxes are cxcywh, normal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from .losses import giou_box_loss, l1_box_loss, paired_iou
+from .losses import (
+    dice_mask_loss,
+    focal_mask_loss,
+    giou_box_loss,
+    l1_box_loss,
+    paired_iou,
+)
 from .structures import Assignment, LayerOutput, NoisedObjects, Predictions, Target
 
 
@@ -31,7 +38,8 @@ class SetCriterion(nn.Module):
 
     The last layer's are `loss_ce`, `loss_bbox` and `loss_giou`; with deep supervision those of
     the layers before it carry the suffixes `_0`, `_1`, … Those of an initialiser's proposals carry
-    `_enc`, those of denoising queries `_dn` before the layer's. All are divided by sums over every
+    `_enc`, those of denoising queries `_dn` before the layer's; with a mask head there are
+    `loss_mask` and `loss_dice` of the last layer. All are divided by sums over every
     image of the optimizer step, on all processes, so that the gradient does not depend on how
     the images are spread over processes and accumulation steps.
     """
@@ -47,6 +55,8 @@ class SetCriterion(nn.Module):
         l1_weight: float,
         giou_weight: float,
         deep_supervision: bool = True,
+        mask_weight: float = 1.0,
+        dice_weight: float = 1.0,
     ):
         """
         Args:
@@ -61,6 +71,8 @@ class SetCriterion(nn.Module):
         self.l1_weight = l1_weight
         self.giou_weight = giou_weight
         self.deep_supervision = deep_supervision
+        self.mask_weight = mask_weight
+        self.dice_weight = dice_weight
 
     def forward(
         self,
@@ -102,6 +114,10 @@ class SetCriterion(nn.Module):
                 losses.update({f"{name}{each.suffix}": loss for name, loss in layer.items()})
                 if not each.suffix:
                     self._write_diagnostics(each.output.logits, pairs, classes, targets)
+                    if predictions.masks is not None:
+                        losses |= self._mask_losses(
+                            predictions.masks, assignment, pairs, targets, normalizer[0]
+                        )
         return losses
 
     def _supervised(self, predictions: Predictions, targets: Sequence[Target]) -> list[_Supervised]:
@@ -170,6 +186,33 @@ class SetCriterion(nn.Module):
             "loss_ce": self.class_weight * loss_ce / groups,
             "loss_bbox": self.l1_weight * l1_box_loss(predicted, boxes) / (num_boxes * groups),
             "loss_giou": self.giou_weight * giou_box_loss(predicted, boxes) / (num_boxes * groups),
+        }
+
+    def _mask_losses(
+        self,
+        masks_of: Callable[[Tensor, Tensor], Tensor],
+        assignment: Assignment,
+        pairs: tuple[Tensor, Tensor],
+        targets: Sequence[Target],
+        num_boxes: Tensor,
+    ) -> dict[str, Tensor]:
+        """Of the last layer's pairs; masks are compared at the size of the padded batch."""
+        logits = masks_of(*pairs).float()
+        height, width = (max(t.masks.shape[d] for t in targets) for d in (1, 2))
+        truth = torch.zeros(len(logits), height, width)
+        for index, (image, item) in enumerate(
+            zip(assignment.images.tolist(), assignment.objects.tolist(), strict=True)
+        ):
+            mask = targets[image].masks[item]
+            truth[index, : mask.shape[0], : mask.shape[1]] = mask
+        truth = truth.to(logits.device, non_blocking=True)
+        if len(logits):
+            logits = F.interpolate(logits[:, None], size=(height, width), mode="bilinear")[:, 0]
+        else:
+            logits = logits.sum() + truth
+        return {
+            "loss_mask": self.mask_weight * focal_mask_loss(logits, truth) / num_boxes,
+            "loss_dice": self.dice_weight * dice_mask_loss(logits, truth) / num_boxes,
         }
 
     def _normalizers(

@@ -1,6 +1,6 @@
 """Loss terms of matched pairs. All are sums; the criterion normalises them.
 
-Shapes: P matched pairs. Boxes are cxcywh, normalised.
+Shapes: P matched pairs, H and W of a mask. Boxes are cxcywh, normalised.
 """
 
 from __future__ import annotations
@@ -25,3 +25,31 @@ def giou_box_loss(predicted: Tensor, target: Tensor) -> Tensor:
 def paired_iou(predicted: Tensor, target: Tensor) -> Tensor:
     """(P, 4), (P, 4) -> (P,) in [0, 1]."""
     return box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
+
+
+def focal_mask_loss(
+    logits: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Sum over P of the mean focal loss of a mask's pixels (DETR, section 4.4; Lin et al., 2017).
+
+    Args:
+        logits: (P, H, W).
+        target: (P, H, W) 0 or 1.
+    """
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    probability = logits.sigmoid()
+    wrong = probability + target - 2 * probability * target
+    weight = (1 - alpha) + (2 * alpha - 1) * target
+    return (weight * wrong**gamma * cross_entropy).mean((1, 2)).sum()
+
+
+def dice_mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Sum over P of 1 - dice coefficient, smoothed by one pixel (DETR, appendix A.2, equation 11).
+
+    Args:
+        logits, target: as for `focal_mask_loss`.
+    """
+    probability = logits.sigmoid()
+    intersection = (probability * target).sum((1, 2))
+    total = probability.sum((1, 2)) + target.sum((1, 2))
+    return (1 - (2 * intersection + 1) / (total + 1)).sum()

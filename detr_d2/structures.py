@@ -8,6 +8,7 @@ Masks are True where something is to be ignored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,6 +57,8 @@ class Target(NamedTuple):
     """(T,) int64"""
     boxes: Tensor
     """(T, 4)"""
+    masks: Tensor | None = None
+    """(T, H, W) bool, of the image's unpadded pixels; on the host"""
 
 
 class Assignment(NamedTuple):
@@ -116,3 +119,10 @@ class Predictions:
     denoising: list[LayerOutput] | None = None
     """one per decoder layer, of the D denoising queries"""
     noised: NoisedObjects | None = None
+    content: Tensor | None = None
+    """(B, Q, C) of the last layer, as its heads see it"""
+    memory: Memory | None = None
+    """from the encoder"""
+    masks: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(images (P,), queries (P,)) -> mask logits (P, H, W) of the last layer, where there is a mask
+    head"""

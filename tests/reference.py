@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 
 FOLDER = Path(__file__).parent / "parity"
 IMAGE_SIZES = {0: (256, 320), 1: (224, 288), 2: (256, 200)}
@@ -76,6 +76,12 @@ def make_state_dict(
     }
 
 
+def corners_of(centre: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """(N, 4) xyxy in float64 of boxes that are stored in float32."""
+    centre, size = (part.astype(np.float32).astype(np.float64) for part in (centre, size))
+    return np.concatenate((centre - size / 2, centre + size / 2), axis=1)
+
+
 def make_input(index: int) -> dict:
     """One element of a model's input; the image is the network's input, already normalised."""
     height, width = IMAGE_SIZES[index]
@@ -89,6 +95,12 @@ def make_input(index: int) -> dict:
     instances = Instances((height, width))
     instances.gt_boxes = Boxes(torch.from_numpy(corners * [width, height, width, height]).float())
     instances.gt_classes = torch.from_numpy(labels)
+    # A mask has the pixels whose middle is in the box.
+    low, high = np.split(corners_of(centre, size), 2, axis=1)
+    x, y = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    across = (low[:, :1] <= x) & (x < high[:, :1])
+    down = (low[:, 1:] <= y) & (y < high[:, 1:])
+    instances.gt_masks = BitMasks(torch.from_numpy(down[:, :, None] & across[:, None]))
     # The published post-processing was asked for 480x640.
     return {
         "image": torch.from_numpy(image),

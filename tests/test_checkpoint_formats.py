@@ -212,7 +212,7 @@ def test_original_training_checkpoint_with_its_command_line(tmp_path, model, ori
 def test_mask_head_is_ignored_and_listed(tmp_path, model, original, caplog):
     report, _ = load_weights(model, save(tmp_path, with_masks(original)))
     assert len(report.ignored) == 2
-    assert "mask_head.lay1.weight, bbox_attention.q_linear.bias" in caplog.text
+    assert "mask_head.convs.0.weight, mask_head.q_proj.bias" in caplog.text
 
 
 @pytest.mark.parametrize("to", ["own", "original", "detectron2-wrapper", "huggingface"])

@@ -42,6 +42,10 @@ PARAMETERS = {
     "COCO-Detection/dino_4scale_R_50_24ep.yaml": 46_884_712,
     "COCO-Detection/dino_4scale_R_50_36ep.yaml": 46_884_712,
     "COCO-Detection/dino_5scale_R_50_12ep.yaml": 47_247_336,
+    "COCO-PanopticSegmentation/detr_R_50.yaml": 42_899_288 - 117 * 257,
+    "COCO-PanopticSegmentation/detr_R_50_DC5.yaml": 42_899_288 - 117 * 257,
+    "COCO-PanopticSegmentation/detr_R_101.yaml": 61_839_192 - 117 * 257,
+    "DigitScenes/fast_tiny_masks.yaml": 2_262_521,
     "DigitScenes/detr_tiny.yaml": 2_141_999,
     "DigitScenes/conditional_tiny.yaml": 2_406_320,
     "DigitScenes/dab_tiny.yaml": 2_486_278,
@@ -120,6 +124,23 @@ def test_parameters(name):
     # Data sets of one's own are not there; one with a class stands for all.
     options = ("MODEL.DETR.NUM_CLASSES", 1) if name.startswith("finetune") else ()
     assert count(build(name, *options).parameters()) == PARAMETERS[name]
+
+
+def test_panoptic_parameters_with_the_published_classes():
+    """250 in the original: category ids up to 249; 133 contiguous ones here."""
+    model = build("COCO-PanopticSegmentation/detr_R_50.yaml", "MODEL.DETR.NUM_CLASSES", 250)
+    assert count(model.parameters()) == 42_899_288
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("COCO-Panoptic")])
+def test_panoptic_configs_say_what_is_published(name):
+    first = (CONFIGS / name).read_text().splitlines()[0]
+    published = {
+        "detr_R_50": "PQ 43.4, box AP 38.8, mask AP 31.1",
+        "detr_R_50_DC5": "PQ 44.6, box AP 40.2, mask AP 31.9",
+        "detr_R_101": "PQ 45.1, box AP 40.1, mask AP 33",
+    }
+    assert first.startswith(f"# {published[Path(name).stem]} on COCO val2017 (https://")
 
 
 def test_parameters_with_the_published_classes():
@@ -212,5 +233,5 @@ def test_models_read_rgb_with_torchvisions_statistics():
         assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.280, 103.530], name
         assert cfg.MODEL.PIXEL_STD == [58.395, 57.120, 57.375], name
         assert cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE == 0.1, name
-        if name.startswith("COCO-Detection"):
+        if name.startswith("COCO"):
             assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1, name

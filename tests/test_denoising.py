@@ -174,7 +174,7 @@ def test_what_may_see_what_by_gradient(variant):
     memory = transformer.encoder(model.encode_images(inputs))
     queries = transformer.denoising(transformer.queries(memory)[0], targets)
     content = queries.content.detach().requires_grad_()
-    outputs = transformer.decoder(replace(queries, content=content), memory)
+    outputs, _ = transformer.decoder(replace(queries, content=content), memory)
     groups, noised = queries.denoising.num_groups, queries.denoising.valid.shape[1]
     size = noised // groups
     assert groups > 1

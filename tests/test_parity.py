@@ -17,6 +17,7 @@ from .reference import BATCHES, FOLDER, make_input, make_state_dict
 # by as much between float32 and float64 (the noise of a model grows with its refinements); a wrong
 # detail shows as a mean difference of 1e-2 to 1.
 MODELS = {
+    "detr_r50_panoptic": ("../COCO-PanopticSegmentation/detr_R_50", 1e-4, 1e-5),
     "detr_r50": ("detr_R_50_500ep", 1e-4, 1e-5),
     "detr_r50_dc5": ("detr_R_50_DC5_500ep", 1e-4, 1e-5),
     "detr_r101": ("detr_R_101_500ep", 1e-4, 1e-5),
@@ -45,7 +46,8 @@ def official(request, tmp_path_factory):
 
     cfg = get_detr_cfg()
     cfg.merge_from_file(str(CONFIGS / "COCO-Detection" / f"{MODELS[request.param][0]}.yaml"))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.DETR.NUM_CLASSES", 91])
+    num_classes = 250 if request.param == "detr_r50_panoptic" else 91
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.DETR.NUM_CLASSES", num_classes])
     cfg.merge_from_list(["MODEL.PIXEL_MEAN", [0.0] * 3, "MODEL.PIXEL_STD", [1.0] * 3])
     model = build_model(cfg).eval()
     report, _ = load_weights(model, str(path))
@@ -59,7 +61,7 @@ def test_official_numbers(official, batch):
     name, model, numbers = official
     inputs = [make_input(index) for index in BATCHES[batch]]
     with torch.no_grad():
-        predictions = model.transformer(model.encode_images(inputs))
+        predictions, _ = model._predict(inputs)
         targets = model.prepare_targets(inputs)
         losses = model.criterion(predictions, targets)
         (assignment,) = model.criterion.matcher(predictions.layers[-1:], [targets])
@@ -87,7 +89,11 @@ def test_official_numbers(official, batch):
         "loss_bbox": criterion.l1_weight,
         "loss_giou": criterion.giou_weight,
     }
-    assert len(losses) == 18 + 3 * (name in PROPOSALS)
+    has_masks = predictions.masks is not None
+    if has_masks:
+        assert_close_masks(predictions.masks, len(inputs), numbers, batch)
+        weights |= {"loss_mask": 1.0, "loss_dice": 1.0}
+    assert len(losses) == 18 + 3 * (name in PROPOSALS) + 2 * has_masks
     for key, loss in losses.items():
         weight = weights["_".join(key.split("_")[:2])]
         theirs = expected[key.replace("_enc", PROPOSALS.get(name, ""))]
@@ -117,6 +123,18 @@ def test_official_detections(official, batch):
         distance = torch.cdist(boxes[kept], instances.pred_boxes.tensor, p=float("inf"))
         distance += 1e3 * (labels[:, None] != instances.pred_classes)
         assert (distance.min(1).values < 0.1).float().mean() > 0.99
+
+
+def assert_close_masks(masks_of, batch_size, numbers, batch):
+    """Every fourth query and pixel is stored, and the mean of all pixels."""
+    sub, means = numbers[f"{batch}.pred_masks_sub"], numbers[f"{batch}.pred_masks_mean"]
+    for image in range(batch_size):
+        queries = torch.arange(100)
+        with torch.no_grad():
+            masks = masks_of(torch.full_like(queries, image), queries).numpy()
+        # A is stored in half precision.
+        assert np.abs(masks[::4, ::4, ::4] - sub[image]).max() < (2e-3 if batch == "A" else 1e-4)
+        assert np.abs(masks.mean((1, 2)) - means[image]).max() < 1e-4
 
 
 def assert_close(name, output, numbers, prefix):

@@ -68,7 +68,8 @@ def fake_model(*options, variant="detr_tiny"):
 
 def to_cuda(outputs, targets):
     outputs = [type(o)(*(t.detach().cuda().requires_grad_() for t in o)) for o in outputs]
-    return Predictions(outputs), [type(target)(*(t.cuda() for t in target)) for target in targets]
+    targets = [t._replace(classes=t.classes.cuda(), boxes=t.boxes.cuda()) for t in targets]
+    return Predictions(outputs), targets
 
 
 class Transfers(TorchDispatchMode):

@@ -99,7 +99,7 @@ def test_decoder_is_pytorchs(pre_norm):
     randomise_norms(decoder)
     memory = without_positions(make_memory([6, 4]))
     content = torch.randn(2, 7, C)
-    outputs = decoder(Queries(content, position=torch.zeros_like(content)), memory)
+    outputs, _ = decoder(Queries(content, position=torch.zeros_like(content)), memory)
     expected = content
     for layer, output in zip(decoder.layers, outputs, strict=True):
         theirs = torch_layer(layer, nn.TransformerDecoderLayer)
@@ -118,9 +118,9 @@ def test_queries_may_be_kept_from_each_other():
     content, position = torch.randn(1, 7, C), torch.randn(1, 7, C)
     other = content.clone()
     other[:, -1] += 1
-    before = decoder(Queries(content, position, attention_mask=mask), memory)[-1]
-    after = decoder(Queries(other, position, attention_mask=mask), memory)[-1]
-    unmasked = decoder(Queries(other, position), memory)[-1]
+    before = decoder(Queries(content, position, attention_mask=mask), memory)[0][-1]
+    after = decoder(Queries(other, position, attention_mask=mask), memory)[0][-1]
+    unmasked = decoder(Queries(other, position), memory)[0][-1]
     torch.testing.assert_close(before.logits[:, :-1], after.logits[:, :-1])
     assert not torch.allclose(before.logits[:, -1], after.logits[:, -1], atol=1e-3)
     assert not torch.allclose(before.logits[:, :-1], unmasked.logits[:, :-1], atol=1e-4)

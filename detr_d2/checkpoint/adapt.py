@@ -124,7 +124,10 @@ def _refuse_another_model(
         return re.sub(r"\.\d+\.", ".#.", name)
 
     kinds = set(map(kind, model_state))
-    strange = [name for name in found if kind(name) not in kinds] + strange
+    # A model without masks is a part of one with them.
+    strange = [
+        name for name in found if kind(name) not in kinds and not name.startswith("mask_head.")
+    ] + strange
     # All variants have the same backbones, which say nothing about what a detector is.
     telling = [name for name in found if not name.startswith("backbone.")] or found
     if len(strange) > _MAX_UNKNOWN * (len(telling) + len(strange)):

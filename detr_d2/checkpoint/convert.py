@@ -53,6 +53,13 @@ def convert_checkpoint(source: str, target: str, to: str) -> None:
         # The formats of others have detectron2's or torchvision's names and frozen batch norms.
         own = {n: t for n, t in with_body_of(own, ()).items() if "num_batches_tracked" not in n}
     converted, nameless = WRITABLE[to].from_own(own)
+    if to != OWN.key and any(name.startswith("mask_head.") for name in own):
+        # Models with masks keep the box model under `detr.`; detectron2's wrapper all of it.
+        is_mask = ("mask_head.", "bbox_attention.")
+        converted = {
+            name if name.startswith(is_mask) and to != DETECTRON2_WRAPPER.key else f"detr.{name}": t
+            for name, t in converted.items()
+        }
     if nameless:
         raise UserError(
             f"'{source}' cannot be written as {WRITABLE[to].title}, which has no name for "

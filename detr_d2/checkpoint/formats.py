@@ -16,7 +16,8 @@ from .names import Format, Row, StateDict
 
 # What comes before the names proper when a whole model was wrapped before it was saved.
 _WRAPPED = ((r"^module\.", ""), (r"^_orig_mod\.", ""))
-_EVERY_ROOM = tuple((f"{room}.**", f"{room}.**") for room in ("backbone", "neck", "transformer"))
+_ROOMS = ("backbone", "neck", "transformer", "mask_head")
+_EVERY_ROOM = tuple((f"{room}.**", f"{room}.**") for room in _ROOMS)
 _MASKS = r"mask_head\.|bbox_attention\."
 
 OWN = Format(
@@ -59,7 +60,6 @@ def _official(
         ),
         # The model with a mask head keeps the box model under `detr.`.
         spellings=(*_WRAPPED, (r"^detr\.", "")),
-        not_ours=_MASKS,
         no_object=no_object,
         **options,
     )
@@ -133,7 +133,7 @@ DETECTRON2_WRAPPER = Format(
     ),
     # With masks, the wrapper's `detr` is the mask model, whose `detr` is the box model.
     spellings=(*_WRAPPED, (r"^detr\.detr\.", "detr."), (r"^detr\.(?=" + _MASKS + ")", "")),
-    not_ours=_MASKS + r"|criterion\.|pixel_(mean|std)$",
+    not_ours=r"criterion\.|pixel_(mean|std)$",
     no_object=True,
 )
 
@@ -145,6 +145,19 @@ _NEW_SPELLINGS = (
     (r"^model\.backbone\.(?=position_embedding\.)", "model."),
     (r"\.o_proj\.", ".out_proj."),
     (r"\.mlp\.(?=fc\d|activation_fn|final_layer_norm)", "."),
+    (r"^bbox_attention\.([qk])_proj\.", r"bbox_attention.\1_linear."),
+    (r"^mask_head\.conv(\d)\.conv\.", r"mask_head.lay\1."),
+    (r"^mask_head\.conv(\d)\.norm\.", r"mask_head.gn\1."),
+    (r"^mask_head\.output_conv\.", "mask_head.out_lay."),
+    *(
+        (rf"^mask_head\.fpn_stages\.{n}\.fpn_adapter\.", f"mask_head.adapter{n + 1}.")
+        for n in range(3)
+    ),
+    *(
+        (rf"^mask_head\.fpn_stages\.{n}\.refine\.conv\.", f"mask_head.lay{n + 3}.")
+        for n in range(3)
+    ),
+    *((rf"^mask_head\.fpn_stages\.{n}\.refine\.norm\.", f"mask_head.gn{n + 3}.") for n in range(3)),
 )
 _NEW_CONDITIONAL_SPELLINGS = tuple(
     (rf"(decoder\.layers\.\d+\.){attention}\.{projection}", rf"\1{short}_{replacement}")
@@ -176,7 +189,6 @@ def _huggingface(
             ("backbone.body.**", body + "**"),
         ),
         spellings=(*_WRAPPED, (r"^detr\.", ""), *_NEW_SPELLINGS, *spellings),
-        not_ours=_MASKS,
         no_object=no_object,
         **options,
     )

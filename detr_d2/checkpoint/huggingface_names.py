@@ -6,7 +6,7 @@ Without the backbones.
 from __future__ import annotations
 
 from .names import Row
-from .official_names import deformable_attention, separate_projections
+from .official_names import MASK_HEAD, deformable_attention, separate_projections
 
 Rows = tuple[Row, ...]
 
@@ -63,6 +63,7 @@ _LEARNED = (
 )
 
 DETR = (
+    *MASK_HEAD,
     *_LEARNED,
     *_attention(_OWN_DECODER + "self_attn.", _DECODER + "self_attn."),
     *_attention(_OWN_DECODER + "cross_attn.", _DECODER + "encoder_attn."),
@@ -71,6 +72,7 @@ DETR = (
 _SCALE = (_QUERY_POSITION + "scale.layers.#.*", "model.decoder.query_scale.layers.#.*")
 
 CONDITIONAL_DETR = (
+    *MASK_HEAD,
     *_LEARNED,
     *separate_projections(_OWN_DECODER, _DECODER),
     (_OWN_DECODER + "self_attn.out_proj.*", _DECODER + "self_attn.out_proj.*"),

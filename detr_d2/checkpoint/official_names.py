@@ -82,7 +82,17 @@ _SINGLE_SCALE = (
     *_heads(),
 )
 
+MASK_HEAD = (
+    ("mask_head.q_proj.*", "bbox_attention.q_linear.*"),
+    ("mask_head.k_proj.*", "bbox_attention.k_linear.*"),
+    *((f"mask_head.convs.{n}.*", f"mask_head.lay{n + 1}.*") for n in range(5)),
+    *((f"mask_head.norms.{n}.*", f"mask_head.gn{n + 1}.*") for n in range(5)),
+    *((f"mask_head.adapters.{n}.*", f"mask_head.adapter{n + 1}.*") for n in range(3)),
+    ("mask_head.out.*", "mask_head.out_lay.*"),
+)
+
 DETR = (
+    *MASK_HEAD,
     *_SINGLE_SCALE,
     *_plain_attention(_DECODER + "self_attn.", _DECODER + "self_attn."),
     *_plain_attention(_DECODER + "cross_attn.", _DECODER + "multihead_attn."),

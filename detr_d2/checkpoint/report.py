@@ -24,6 +24,7 @@ _PARTS = {
     "box head": r"transformer\..*\bbox_head\.",
     "denoising": r"transformer\.denoising\.",
     "decoder": r"transformer\.",
+    "mask head": r"mask_head\.",
     "other": "",
 }
 

@@ -1,5 +1,6 @@
 from .annotations import check_annotations
 from .dataset_mapper import DetrDatasetMapper
+from .digit_panoptic import register_digit_panoptic
 from .digit_scenes import register_digit_scenes
 from .register import (
     check_same_classes,
@@ -15,5 +16,6 @@ __all__ = [
     "classes_of",
     "parse_register_argument",
     "register_coco_dataset",
+    "register_digit_panoptic",
     "register_digit_scenes",
 ]

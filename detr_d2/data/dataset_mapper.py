@@ -27,6 +27,7 @@ from .annotations import (
     find_faulty_annotations,
 )
 from .resize import ResizeShortestEdge
+from .segments import has_segments, read_segments
 
 logger = logging.getLogger(__name__)
 
@@ -201,8 +202,11 @@ class DetrDatasetMapper:
         channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
         output["image"] = torch.from_numpy(channels_first)
         if self.is_train:
+            annotations = dataset_dict.get("annotations", [])
+            if self.use_instance_mask and has_segments(dataset_dict):
+                annotations = read_segments(dataset_dict)
             output["instances"] = self._instances(
-                {**output, "annotations": dataset_dict.get("annotations", [])},
+                {**output, "annotations": annotations},
                 transforms,
                 augmented.image.shape[:2],
             )

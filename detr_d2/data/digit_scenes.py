@@ -28,6 +28,7 @@ VERSION = 1  # names the folder: whoever changes a pixel or an annotation raises
 SPLITS = ("train", "val")
 NUM_TRAIN, NUM_VAL = 4000, 500
 CLASSES = tuple("0123456789")
+STUFF_CLASSES = ("temple", "flower")  # what scikit-learn's two photographs show
 
 SIDES = (112, 128, 144, 160, 176)
 MAX_DIGITS = 8
@@ -270,14 +271,29 @@ def is_readable(
     )
 
 
+def choose_setting(rng: np.random.Generator) -> tuple[int, int, int]:
+    """Height and width of a picture, and which photograph is behind it."""
+    height, width = (int(side) for side in rng.choice(SIDES, 2))
+    return height, width, int(rng.integers(len(STUFF_CLASSES)))
+
+
+def photograph_behind(split: str, number: int, seed: int = 0) -> int:
+    """Index in `STUFF_CLASSES` of what is behind image `number` of a split."""
+    return choose_setting(generator_of(split, number, seed))[2]
+
+
+def generator_of(split: str, number: int, seed: int) -> np.random.Generator:
+    return np.random.default_rng([seed, SPLITS.index(split), number])
+
+
 def draw_scene(rng: np.random.Generator, sources: Sources) -> tuple[np.ndarray, list[dict]]:
     """Draws one picture (H, W, 3) uint8 and its objects.
 
     An object has `label`, `source` (position in `load_digits`), `box` (x, y, width, height of all
     its ink, hidden or not) and `mask` ((H, W) bool, its visible ink).
     """
-    height, width = (int(side) for side in rng.choice(SIDES, 2))
-    photo = sources.photos[rng.integers(len(sources.photos))]
+    height, width, photograph = choose_setting(rng)
+    photo = sources.photos[photograph]
     picture = crop_background(rng, photo, height + 2 * MARGIN, width + 2 * MARGIN)
     owner = np.full(picture.shape[:2], -1)
     outlined = owner.copy()
@@ -339,7 +355,7 @@ def _write_split(folder: Path, split: str, sources: Sources, count: int, seed: i
     (folder / split).mkdir(parents=True)
     images, annotations = [], []
     for number in tqdm(range(1, count + 1), f"digit_scenes_{split}", mininterval=2):
-        rng = np.random.default_rng([seed, SPLITS.index(split), number])
+        rng = generator_of(split, number, seed)
         picture, objects = draw_scene(rng, sources)
         height, width = picture.shape[:2]
         name = f"{number:06d}.jpg"
@@ -363,6 +379,11 @@ def _write_split(folder: Path, split: str, sources: Sources, count: int, seed: i
     (folder / f"{split}.json").write_text(json.dumps(content))
 
 
+def data_set_folder(root: str | None) -> str:
+    root = os.path.expanduser(root or os.getenv("DETECTRON2_DATASETS", "datasets"))
+    return os.path.join(root, f"digit_scenes_v{VERSION}")
+
+
 def register_digit_scenes(root: str | None = None) -> None:
     """Registers `digit_scenes_train` and `digit_scenes_val`, which are made when first loaded.
 
@@ -373,8 +394,7 @@ def register_digit_scenes(root: str | None = None) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets import load_coco_json
 
-    root = os.path.expanduser(root or os.getenv("DETECTRON2_DATASETS", "datasets"))
-    folder = os.path.join(root, f"digit_scenes_v{VERSION}")
+    folder = data_set_folder(root)
 
     def load(split: str) -> list[dict]:
         generate_digit_scenes(folder, NUM_TRAIN, NUM_VAL)

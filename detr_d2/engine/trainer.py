@@ -69,6 +69,24 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As detectron2's; where nothing is resumed, the frozen detector is loaded after it.
+
+        Raises:
+            UserError: `MODEL.DETR.FROZEN_WEIGHTS` is not that detector.
+        """
+        super().resume_or_load(resume)
+        frozen = self.cfg.MODEL.DETR.FROZEN_WEIGHTS
+        if frozen and not (resume and self.checkpointer.has_checkpoint()):
+            self.checkpointer.load(frozen, checkpointables=[])
+            self.checkpointer.report.refuse_untrained(frozen, "MODEL.DETR.FROZEN_WEIGHTS")
+            initial = self.checkpointer.report.initial
+            if missing := [name for name in initial if not name.startswith("mask_head.")]:
+                raise UserError(
+                    f"'{frozen}' leaves {len(missing)} tensors of the frozen detector untrained, "
+                    f"first '{missing[0]}': name its own weights in MODEL.DETR.FROZEN_WEIGHTS."
+                )
+
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = build_model(cfg)

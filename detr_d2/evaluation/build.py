@@ -6,10 +6,11 @@ import types
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from .coco_evaluation import COCODetectionEvaluator
 from .lvis_evaluation import PerClassLVISEvaluator
+from .panoptic_evaluation import PanopticEvaluator
 from .pascal_voc_evaluation import PerClassPascalVOCEvaluator
 
 
@@ -20,9 +21,10 @@ def build_evaluator(
 
     Args:
         cfg: gives the default of `output_folder`, ``OUTPUT_DIR/inference``, and COCO's limit on the
-            detections per image, ``TEST.DETECTIONS_PER_IMAGE`` (without a cfg: 100).
-        dataset_name: registered data set whose metadata has ``evaluator_type`` "coco", "lvis" or
-            "pascal_voc".
+            detections per image, ``TEST.DETECTIONS_PER_IMAGE`` (without a cfg: 100); masks and
+            panoptic quality are evaluated where it says so.
+        dataset_name: registered data set whose metadata has ``evaluator_type`` "coco",
+            "coco_panoptic_seg", "lvis" or "pascal_voc".
         output_folder: folder for results; None without a cfg writes no file.
 
     Raises:
@@ -32,9 +34,16 @@ def build_evaluator(
     if output_folder is None and cfg is not None:
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if evaluator_type == "coco":
+    if evaluator_type in ("coco", "coco_panoptic_seg"):
         limit = 100 if cfg is None else cfg.TEST.DETECTIONS_PER_IMAGE
-        return COCODetectionEvaluator(dataset_name, output_folder, max_detections_per_image=limit)
+        tasks = ("bbox", "segm") if cfg is not None and cfg.MODEL.MASK_ON else ("bbox",)
+        instances = COCODetectionEvaluator(
+            dataset_name, output_folder, tasks=tasks, max_detections_per_image=limit
+        )
+        if evaluator_type == "coco" or cfg is None or not cfg.MODEL.DETR.PANOPTIC.ENABLED:
+            return instances
+        _require_metadata(dataset_name, "panoptic_json", "panoptic_root")
+        return DatasetEvaluators([instances, PanopticEvaluator(dataset_name, output_folder)])
     if evaluator_type == "lvis":
         _require_metadata(dataset_name, "json_file")
         _prepare_lvis_package()

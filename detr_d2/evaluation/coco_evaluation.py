@@ -160,6 +160,13 @@ class COCODetectionEvaluator(DatasetEvaluator):
         if contiguous_ids is None:
             return detections
         category_ids = {index: identity for identity, index in contiguous_ids.items()}
+        # Stuff has no instances: of panoptic models' classes only things are detections.
+        stuff = self._metadata.get("stuff_dataset_id_to_contiguous_id", {}).values()
+        detections = [
+            d
+            for d in detections
+            if d["category_id"] in category_ids or d["category_id"] not in stuff
+        ]
         for detection in detections:
             index = detection["category_id"]
             if index not in category_ids:

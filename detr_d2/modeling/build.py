@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_backbone
 from torch import nn
 
@@ -25,7 +26,9 @@ from .heads import (
     SoftmaxClassification,
     VarifocalClassification,
 )
+from .mask_head import MaskHead
 from .neck import MultiScaleNeck, SingleScaleNeck
+from .panoptic import PanopticMerger
 from .position import LearnedPositionEmbedding, SinePositionEmbedding
 from .queries import AnchorQueries, LearnedQueries, PointQueries, TopKQueries
 from .query_position import (
@@ -52,12 +55,12 @@ ACTIVATIONS = {"relu": nn.ReLU, "prelu": nn.PReLU}
 def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
     """The parts of `Detr` that a config describes, by the names of its arguments."""
     detr = cfg.MODEL.DETR
-    if cfg.MODEL.MASK_ON or detr.FROZEN_WEIGHTS:
-        raise UserError(
-            "MODEL.MASK_ON and MODEL.DETR.FROZEN_WEIGHTS need a mask head, which this version does "
-            "not have: set them to False and ''."
-        )
     check_combination(detr)
+    if detr.FROZEN_WEIGHTS and not cfg.MODEL.MASK_ON:
+        raise UserError(
+            "MODEL.DETR.FROZEN_WEIGHTS freezes the detector to train masks: set MODEL.MASK_ON "
+            "True, or give the weights as MODEL.WEIGHTS."
+        )
     backbone = build_backbone(cfg)
     recomputed = check_recomputed(cfg.MODEL.ACTIVATION_CHECKPOINTING)
     if "backbone" in recomputed:
@@ -73,6 +76,8 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
         l1_weight=detr.L1_WEIGHT,
         giou_weight=detr.GIOU_WEIGHT,
         deep_supervision=detr.DEEP_SUPERVISION,
+        mask_weight=detr.MASK_WEIGHT,
+        dice_weight=detr.DICE_WEIGHT,
     )
     transformer = build_transformer(
         num_logits=criterion.classification.num_logits,
@@ -119,7 +124,64 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
         "neck": neck,
         "transformer": transformer,
         "criterion": criterion,
+        "mask_head": build_mask_head(cfg, backbone, neck) if cfg.MODEL.MASK_ON else None,
+        "panoptic": build_panoptic(cfg) if detr.PANOPTIC.ENABLED else None,
+        "frozen_detector": bool(detr.FROZEN_WEIGHTS),
     }
+
+
+def build_mask_head(cfg: CfgNode, backbone: nn.Module, neck: nn.Module) -> MaskHead:
+    """Mask head over the memory and the backbone's finer maps.
+
+    Raises:
+        UserError: the memory has several levels, or the backbone gives no finer map.
+    """
+    shapes, detr = backbone.output_shape(), cfg.MODEL.DETR
+    if detr.NECK != "single_scale":
+        raise UserError(
+            "MODEL.MASK_ON needs MODEL.DETR.NECK single_scale: the mask head enlarges attention "
+            "maps over one map of the image, not over several."
+        )
+    used = shapes[neck.in_feature]
+    # From coarse to fine. With dilation, the map before the used one is as fine as that.
+    finer = [
+        name
+        for name in reversed(list(shapes))
+        if name != neck.in_feature and shapes[name].stride <= used.stride
+    ]
+    if not finer:
+        raise UserError(
+            f"MODEL.MASK_ON needs backbone maps finer than {neck.in_feature}: add them to "
+            "MODEL.RESNETS.OUT_FEATURES (MODEL.TIMM.OUT_INDICES) and name "
+            f'MODEL.DETR.IN_FEATURES ["{neck.in_feature}"].'
+        )
+    channels = [shapes[name].channels for name in finer]
+    finest = shapes[finer[-1]].stride
+    strides = [2**n for n in range(10, -1, -1) if detr.MASK_STRIDE <= 2**n < finest]
+    if detr.MASK_STRIDE not in (finest, *strides):
+        raise UserError(
+            f"MODEL.DETR.MASK_STRIDE is {detr.MASK_STRIDE}; it must be {finest}, the stride of the "
+            f"backbone's finest map ({finer[-1]}), or a power of two below it."
+        )
+    return MaskHead(detr.HIDDEN_DIM, detr.NHEADS, finer, channels, strides)
+
+
+def build_panoptic(cfg: CfgNode) -> PanopticMerger:
+    """
+    Raises:
+        UserError: there are no masks, or the data sets do not say which classes are things.
+    """
+    panoptic = cfg.MODEL.DETR.PANOPTIC
+    if not cfg.MODEL.MASK_ON:
+        raise UserError("MODEL.DETR.PANOPTIC needs MODEL.MASK_ON True.")
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        things = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id")
+        if things and MetadataCatalog.get(name).get("stuff_classes"):
+            return PanopticMerger(things.values(), panoptic.SCORE_THRESHOLD, panoptic.MIN_AREA)
+    raise UserError(
+        "MODEL.DETR.PANOPTIC needs a panoptic data set in DATASETS, whose metadata say which "
+        "classes are things and which are stuff."
+    )
 
 
 def check_recomputed(parts: Sequence[str]) -> Sequence[str]:
@@ -310,6 +372,8 @@ def build_criterion(
     l1_weight: float = 5.0,
     giou_weight: float = 2.0,
     deep_supervision: bool = True,
+    mask_weight: float = 1.0,
+    dice_weight: float = 1.0,
 ) -> SetCriterion:
     """Criterion whose matching costs of boxes are its loss weights (DETR, section 3.1)."""
     classes = {
@@ -327,4 +391,6 @@ def build_criterion(
         l1_weight=l1_weight,
         giou_weight=giou_weight,
         deep_supervision=deep_supervision,
+        mask_weight=mask_weight,
+        dice_weight=dice_weight,
     )

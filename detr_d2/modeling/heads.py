@@ -76,6 +76,10 @@ class SoftmaxClassification(nn.Module):
         unmatched = num_queries * len(object_counts) - matched
         return matched + self.no_object_weight * unmatched
 
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., K+1) logits -> probability and class of the best class, (...) each."""
+        return logits.softmax(-1)[..., :-1].max(-1)
+
     def background(self, logits: Tensor) -> Tensor:
         """(..., K+1) logits -> (...) bool, True where the prediction is "no object"."""
         return logits.argmax(-1) == self.num_classes
@@ -91,7 +95,7 @@ class SoftmaxClassification(nn.Module):
             scores (B, D), classes (B, D), queries (B, D): index of the query behind each
             detection, best first.
         """
-        scores, classes = logits.softmax(-1)[..., :-1].max(-1)
+        scores, classes = self.best(logits)
         scores, queries = scores.topk(min(limit, scores.shape[1]), dim=1)
         return scores, classes.gather(1, queries), queries
 
@@ -163,6 +167,10 @@ class SigmoidClassification(nn.Module):
     def normalizer(self, num_queries: int, object_counts: list[int]) -> float:
         """Number of objects, at least 1 (the criterion sees to that)."""
         return float(sum(object_counts))
+
+    def best(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., K) logits -> probability and class of the best class, (...) each."""
+        return logits.sigmoid().max(-1)
 
     def background(self, logits: Tensor) -> Tensor:
         """(..., K) logits -> (...) bool, True where no class has a probability of one half."""

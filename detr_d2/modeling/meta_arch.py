@@ -6,6 +6,7 @@ Shapes: B images, H and W of an image in pixels, Q queries, K logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from ..box_ops import cxcywh_to_xyxy, xyxy_to_cxcywh
-from ..structures import LayerOutput, Memory, Target
+from ..structures import LayerOutput, Memory, Predictions, Target
 from .build import build_parts
 from .frozen_norm import fold_frozen_norms
+from .mask_head import MaskSource
 from .neck import padding_mask
+from .panoptic import PanopticMerger
+from .segmentation import add_masks, add_panoptic, to_bitmasks
 
 
 @META_ARCH_REGISTRY.register()
@@ -40,6 +44,9 @@ class Detr(nn.Module):
         pixel_std: Sequence[float],
         detections_per_image: int = 100,
         input_format: str = "RGB",
+        mask_head: nn.Module | None = None,
+        panoptic: PanopticMerger | None = None,
+        frozen_detector: bool = False,
     ):
         """
         Args:
@@ -51,6 +58,9 @@ class Detr(nn.Module):
             pixel_mean, pixel_std: per channel, in the order of `input_format`.
             detections_per_image: at most so many are returned, the best first.
             input_format: channel order of the images that the model is given.
+            mask_head: (MaskSource, images, queries) -> mask logits, see mask_head.py.
+            panoptic: (mask logits, scores, classes, size) -> `panoptic_seg`.
+            frozen_detector: train the mask head alone.
         """
         super().__init__()
         fold_frozen_norms(backbone)
@@ -60,6 +70,12 @@ class Detr(nn.Module):
         self.criterion = criterion
         self.detections_per_image = detections_per_image
         self.input_format = input_format
+        self.mask_head = mask_head
+        self.panoptic = panoptic
+        self.frozen_detector = frozen_detector
+        if frozen_detector:
+            for part in (backbone, neck, transformer):
+                part.requires_grad_(False)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
@@ -92,15 +108,34 @@ class Detr(nn.Module):
         Returns:
             In training the weighted losses by name. Otherwise, for each image,
             {"instances": Instances} with `pred_boxes` (xyxy, pixels of the output size),
-            `scores` and `pred_classes`, best first.
+            `scores` and `pred_classes`, best first; with a mask head `pred_masks` (D, H, W) bool of
+            the output size; with `panoptic` also "panoptic_seg".
         """
         if self.training:
             # First, so that no copy to the device has to wait for the forward pass.
             targets = self.prepare_targets(batched_inputs)
-            predictions = self.transformer(self.encode_images(batched_inputs), targets)
-            return self.criterion(predictions, targets, object_counts)
-        predictions = self.transformer(self.encode_images(batched_inputs), last_only=True)
-        return self.inference(predictions.layers[-1], batched_inputs)
+            predictions, _ = self._predict(batched_inputs, targets)
+            losses = self.criterion(predictions, targets, object_counts)
+            if self.frozen_detector:
+                return {name: losses[name] for name in ("loss_mask", "loss_dice")}
+            return losses
+        predictions, padded_size = self._predict(batched_inputs, last_only=True)
+        results = self.inference(predictions.layers[-1], batched_inputs)
+        if predictions.masks is not None:
+            add_masks(results, predictions.masks, batched_inputs, padded_size)
+        if self.panoptic is not None:
+            classification = self.criterion.classification
+            add_panoptic(
+                results, predictions, classification, self.panoptic, batched_inputs, padded_size
+            )
+        return results
+
+    def train(self, mode: bool = True) -> Detr:
+        super().train(mode)
+        if self.frozen_detector:  # without dropout, so that it stays what it was
+            for part in (self.backbone, self.neck, self.transformer):
+                part.eval()
+        return self
 
     def predict(self, batched_inputs: Sequence[dict[str, Any]]) -> list[LayerOutput]:
         """Raw predictions of every decoder layer, the last one last.
@@ -109,16 +144,39 @@ class Detr(nn.Module):
             Per layer: logits (B, Q, K), boxes (B, Q, 4) cxcywh, normalised to the image as it
             was given, without padding.
         """
-        return self.transformer(self.encode_images(batched_inputs)).layers
+        return self._predict(batched_inputs)[0].layers
+
+    def _predict(
+        self,
+        batched_inputs: Sequence[dict[str, Any]],
+        targets: Sequence[Target] | None = None,
+        last_only: bool = False,
+    ) -> tuple[Predictions, tuple[int, int]]:
+        """What the transformer says, and height and width of the padded batch."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_detector):
+            memory, features, pixels = self._encode(batched_inputs)
+            predictions = self.transformer(memory, targets, last_only=last_only)
+        if self.mask_head is not None:
+            source = MaskSource(
+                predictions.memory, memory.tokens, features, pixels, predictions.content
+            )
+            predictions.masks = partial(self.mask_head, source)
+        return predictions, tuple(pixels.shape[-2:])
 
     def encode_images(self, batched_inputs: Sequence[dict[str, Any]]) -> Memory:
         """Tokens of the images, as the encoder is given them."""
+        return self._encode(batched_inputs)[0]
+
+    def _encode(
+        self, batched_inputs: Sequence[dict[str, Any]]
+    ) -> tuple[Memory, dict[str, Tensor], Tensor]:
+        """The memory, and what it was made from: backbone maps by name, padded pixels."""
         images = self.preprocess_image(batched_inputs)
         # Convolutions are fastest in this layout, on CPUs and in mixed precision on GPUs.
         pixels = images.tensor.contiguous(memory_format=torch.channels_last)
         features = self.backbone(pixels)
-        padding = padding_mask(images.image_sizes, images.tensor.shape[-2:], self.device)
-        return self.neck(features, padding)
+        padding = padding_mask(images.image_sizes, pixels.shape[-2:], self.device)
+        return self.neck(features, padding), features, pixels
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
         """Normalises the images and pads them with zeros to one size, bottom and right."""
@@ -139,7 +197,10 @@ class Detr(nn.Module):
             size = corners.new_tensor([width, height, width, height])
             boxes = xyxy_to_cxcywh(corners / size).to(self.device, non_blocking=True)
             classes = x["instances"].gt_classes.to(self.device, non_blocking=True)
-            targets.append(Target(classes, boxes))
+            masks = None
+            if self.mask_head is not None:
+                masks = to_bitmasks(x["instances"].gt_masks, height, width)
+            targets.append(Target(classes, boxes, masks))
         return targets
 
     def inference(
@@ -152,7 +213,9 @@ class Detr(nn.Module):
         boxes = output.boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
         sizes = torch.tensor([x["image"].shape[-2:] for x in batched_inputs], dtype=boxes.dtype)
         extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.device, non_blocking=True)
-        return self.detections(cxcywh_to_xyxy(boxes) * extent, scores, classes, batched_inputs)
+        corners = cxcywh_to_xyxy(boxes) * extent
+        queries = None if self.mask_head is None else queries
+        return self.detections(corners, scores, classes, batched_inputs, queries)
 
     @staticmethod
     def detections(
@@ -160,18 +223,22 @@ class Detr(nn.Module):
         scores: Tensor,
         classes: Tensor,
         batched_inputs: Sequence[dict[str, Any]],
+        queries: Tensor | None = None,
     ) -> list[dict[str, Instances]]:
         """
         Args:
             boxes: (B, D, 4) xyxy, in pixels of the images as they were given.
             scores, classes: (B, D).
+            queries: (B, D), kept as `pred_queries` where they are asked for.
         """
         results = []
-        for corners, x, *rest in zip(boxes, batched_inputs, scores, classes, strict=True):
+        for index, x in enumerate(batched_inputs):
             height, width = x["image"].shape[-2:]
             instances = Instances((height, width))
-            instances.pred_boxes = Boxes(corners.clone())  # scaled in place below
-            instances.scores, instances.pred_classes = rest
+            instances.pred_boxes = Boxes(boxes[index].clone())  # scaled in place below
+            instances.scores, instances.pred_classes = scores[index], classes[index]
+            if queries is not None:
+                instances.pred_queries = queries[index]
             instances = detector_postprocess(
                 instances, x.get("height", height), x.get("width", width)
             )

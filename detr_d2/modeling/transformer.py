@@ -212,13 +212,14 @@ class Decoder(nn.Module):
 
     def forward(
         self, queries: Queries, memory: Memory, last_only: bool = False
-    ) -> list[LayerOutput]:
+    ) -> tuple[list[LayerOutput], Tensor]:
         """
         Args:
             last_only: leave out what nobody looks at without auxiliary losses.
 
         Returns:
-            One output per layer, or that of the last: logits (B, Q, K), boxes (B, Q, 4).
+            One output per layer, or that of the last: logits (B, Q, K), boxes (B, Q, 4); and the
+            content (B, Q, C) that the last layer's are read from.
         """
         content = queries.content
         # A layer looks about `reference`; its predictions are offsets from `start`, the same
@@ -231,11 +232,12 @@ class Decoder(nn.Module):
             head = self.heads[index % len(self.heads)]
             is_last = index == len(self.layers) - 1
             if is_last or not last_only:
-                outputs.append(head(self.norm(content), start))
+                normed = self.norm(content)
+                outputs.append(head(normed, start))
             if self.refinement != "none" and not is_last:
                 start = self._refine(head, content, reference)
                 reference = start.detach()
-        return outputs
+        return outputs, normed
 
     def _refine(self, head: nn.Module, content: Tensor, reference: Tensor) -> Tensor:
         """(B, Q, 4): where the next layer's predictions start."""
@@ -285,14 +287,16 @@ class Transformer(nn.Module):
         queries, proposals = self.queries(memory)
         if self.denoising is not None:
             queries = self.denoising(queries, targets)
-        outputs = self.decoder(queries, memory, last_only)
+        outputs, content = self.decoder(queries, memory, last_only)
         noised = queries.denoising
         if noised is None:
-            return Predictions(outputs, proposals)
+            return Predictions(outputs, proposals, content=content, memory=memory)
         first = noised.valid.shape[1]
         return Predictions(
             layers=[LayerOutput(o.logits[:, first:], o.boxes[:, first:]) for o in outputs],
             proposals=proposals,
             denoising=[LayerOutput(o.logits[:, :first], o.boxes[:, :first]) for o in outputs],
             noised=noised,
+            content=content[:, first:],
+            memory=memory,
         )

@@ -1,0 +1,90 @@
+"""Ground truth that is one picture of segments: as annotations like any other.
+
+Panoptic pictures (COCO's format) hold the id of each pixel's segment as R + 256 G + 256² B;
+semantic ones the contiguous class of each pixel, 255 where there is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from ..errors import UserError
+
+NO_CLASS = 255
+
+
+def has_segments(dataset_dict: dict[str, Any]) -> bool:
+    """Whether the ground truth of an image is in a picture instead of annotations."""
+    if "pan_seg_file_name" in dataset_dict:
+        return True
+    return "sem_seg_file_name" in dataset_dict and "annotations" not in dataset_dict
+
+
+def read_segments(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """Annotations in detectron2's format, with masks, of an image with a picture of segments.
+
+    Raises:
+        UserError: the picture cannot be read, or holds no segment that it should.
+    """
+    if "pan_seg_file_name" in dataset_dict:
+        return _panoptic(dataset_dict)
+    classes = _read(dataset_dict["sem_seg_file_name"])
+    classes = classes[..., 0] if classes.ndim == 3 else classes
+    present = [int(name) for name in np.unique(classes) if name != NO_CLASS]
+    return [to_annotation(classes == name, name) for name in present]
+
+
+def _panoptic(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    path = dataset_dict["pan_seg_file_name"]
+    ids = rgb_to_id(_read(path))
+    annotations = []
+    for segment in dataset_dict["segments_info"]:
+        mask = ids == segment["id"]
+        if not mask.any():
+            raise UserError(
+                f"The panoptic picture {path} has no pixel of segment {segment['id']}, which its "
+                "segments_info names: the two belong to different versions of the data set."
+            )
+        annotation = to_annotation(mask, segment["category_id"])
+        annotations.append({**annotation, "iscrowd": segment.get("iscrowd", 0)})
+    return annotations
+
+
+def to_annotation(mask: np.ndarray, category_id: int) -> dict[str, Any]:
+    """(H, W) bool -> bounding box, class and run-length mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    return {
+        "bbox": [float(value) for value in box],
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "category_id": category_id,
+        "iscrowd": 0,
+        "segmentation": mask_util.encode(np.asfortranarray(mask, dtype=np.uint8)),
+    }
+
+
+def rgb_to_id(picture: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> (H, W) int64."""
+    red, green, blue = np.moveaxis(picture[..., :3].astype(np.int64), -1, 0)
+    return red + 256 * green + 256**2 * blue
+
+
+def id_to_rgb(ids: np.ndarray) -> np.ndarray:
+    """(H, W) -> (H, W, 3) uint8."""
+    return np.stack((ids % 256, ids // 256 % 256, ids // 256**2 % 256), axis=-1).astype(np.uint8)
+
+
+def _read(path: str) -> np.ndarray:
+    try:
+        with PathManager.open(path, "rb") as file:
+            return np.asarray(Image.open(file))
+    except Exception as error:  # decoders raise anything from SyntaxError to struct.error
+        raise UserError(
+            f"Cannot read the picture of segments {path} ({type(error).__name__}: {error})."
+        ) from error

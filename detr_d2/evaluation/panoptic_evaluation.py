@@ -1,0 +1,132 @@
+"""Panoptic quality (Kirillov et al., 2019), computed by hotcoco or by panopticapi."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import logging
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import create_small_table
+from PIL import Image
+
+from ..data.segments import id_to_rgb
+from ..errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {"": "All", "_th": "Things", "_st": "Stuff"}
+
+
+class PanopticEvaluator(DatasetEvaluator):
+    """What detectron2's `COCOPanopticEvaluator` computes, under the same names: ``{"panoptic_seg":
+    {"PQ", "SQ", "RQ", "PQ_th", ..., "RQ_st"}}`` in percent. That one needs panopticapi, which is
+    not on the package index; hotcoco gives the same numbers."""
+
+    def __init__(self, dataset_name: str, output_folder: str | None = None):
+        """
+        Args:
+            dataset_name: registered data set with `panoptic_json` and `panoptic_root`.
+            output_folder: keeps the predictions, in COCO's panoptic format; None keeps none.
+
+        Raises:
+            UserError: neither package is installed.
+        """
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._output_folder = output_folder
+        self._pq_compute = choose_pq_compute()
+        things = self._metadata.thing_dataset_id_to_contiguous_id
+        stuff = self._metadata.stuff_dataset_id_to_contiguous_id
+        self._things = {index: identity for identity, index in things.items()}
+        self._stuff = {index: identity for identity, index in stuff.items()}
+        self.reset()
+
+    def reset(self) -> None:
+        self._predictions: list[dict[str, Any]] = []
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """Keeps the segments of some images, as PNG in memory."""
+        for image, output in zip(inputs, outputs, strict=True):
+            segmentation, segments = output["panoptic_seg"]
+            name = os.path.splitext(os.path.basename(image["file_name"]))[0] + ".png"
+            picture = io.BytesIO()
+            Image.fromarray(id_to_rgb(segmentation.cpu().numpy().astype(np.int64))).save(
+                picture, format="PNG"
+            )
+            self._predictions.append(
+                {
+                    "image_id": image["image_id"],
+                    "file_name": name,
+                    "png": picture.getvalue(),
+                    "segments_info": [self._to_dataset_category(s) for s in segments],
+                }
+            )
+
+    def _to_dataset_category(self, segment: dict[str, Any]) -> dict[str, Any]:
+        ids = self._things if segment["isthing"] else self._stuff
+        return {"id": segment["id"], "category_id": ids[segment["category_id"]]}
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        comm.synchronize()
+        predictions = list(itertools.chain(*comm.gather(self._predictions, dst=0)))
+        if not comm.is_main_process():
+            return {}
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self._output_folder or temporary
+            results = self._compare(predictions, folder)
+        numbers = {
+            f"{measure}{suffix}": 100 * results[split][measure.lower()]
+            for suffix, split in SPLITS.items()
+            for measure in ("PQ", "SQ", "RQ")
+        }
+        logger.info("Panoptic results:\n%s", create_small_table(numbers))
+        return OrderedDict(panoptic_seg=numbers)
+
+    def _compare(self, predictions: list[dict[str, Any]], folder: str) -> dict[str, Any]:
+        pictures = os.path.join(folder, "panoptic")
+        PathManager.mkdirs(pictures)
+        for prediction in predictions:
+            with open(os.path.join(pictures, prediction["file_name"]), "wb") as file:
+                file.write(prediction.pop("png"))
+        truth = PathManager.get_local_path(self._metadata.panoptic_json)
+        with open(truth, encoding="utf-8") as file:
+            content = json.load(file)
+        found = os.path.join(folder, "panoptic.json")
+        with open(found, "w", encoding="utf-8") as file:
+            json.dump({**content, "annotations": predictions}, file)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return self._pq_compute(
+                truth,
+                found,
+                gt_folder=PathManager.get_local_path(self._metadata.panoptic_root),
+                pred_folder=pictures,
+            )
+
+
+def choose_pq_compute() -> Callable[..., dict[str, Any]]:
+    """
+    Raises:
+        UserError: no package computes it.
+    """
+    try:
+        from hotcoco.panoptic import pq_compute
+    except ImportError:
+        try:
+            from panopticapi.evaluation import pq_compute
+        except ImportError as error:
+            raise UserError(
+                "Panoptic quality is computed by hotcoco, which is not installed: "
+                "pip install hotcoco"
+            ) from error
+    return pq_compute

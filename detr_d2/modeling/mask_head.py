@@ -1,0 +1,144 @@
+"""Instance and panoptic masks from attention over the encoded image (DETR, section 4.4, figure 8).
+
+Shapes: B images, Q queries, P pairs of an image and one of its queries, C channels, M heads, h and
+w of the memory's map, H and W of the finest map (the backbone's, of stride 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..structures import Memory
+
+
+@dataclass
+class MaskSource:
+    """What masks are made from, for all queries of a batch."""
+
+    memory: Memory
+    """from the encoder"""
+    projected: Tensor
+    """(B, h*w, C) the neck's tokens, before the encoder"""
+    features: dict[str, Tensor]
+    """backbone maps by name"""
+    pixels: Tensor
+    """(B, 3, H_image, W_image) what the backbone was given"""
+    content: Tensor
+    """(B, Q, C) of the last decoder layer, as the prediction heads see it"""
+
+
+class MaskHead(nn.Module):
+    """Attention maps of each query over the memory, enlarged step by step beside finer and finer
+    backbone maps. What queries of an image share is computed once for all of them."""
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        in_features: Sequence[str],
+        in_channels: Sequence[int],
+        pixel_strides: Sequence[int] = (),
+    ):
+        """
+        Args:
+            hidden_dim: C.
+            num_heads: M, attention maps per query.
+            in_features: names of the backbone maps finer than the memory's, from coarse to fine.
+            in_channels: of each of them.
+            pixel_strides: of further steps, beside the image itself; not in the original, for
+                objects with finer outlines than the backbone's maps.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.in_features = list(in_features)
+        self.pixel_strides = list(pixel_strides)
+        self.q_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.k_proj = nn.Linear(hidden_dim, hidden_dim)
+        widths = [hidden_dim + num_heads]
+        steps = len(self.in_features) + len(self.pixel_strides)
+        widths += [max(hidden_dim // 2 ** (i + 1), 8) for i in range(steps + 1)]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, next_width, kernel_size=3, padding=1)
+            for width, next_width in zip([widths[0], *widths[:-1]], widths, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(gcd(8, width), width) for width in widths)
+        # Pixels know nothing of their neighbours.
+        sources = [(channels, 1) for channels in in_channels] + [(3, 3)] * len(self.pixel_strides)
+        self.adapters = nn.ModuleList(
+            nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
+            for (channels, kernel_size), width in zip(sources, widths[1:-1], strict=True)
+        )
+        self.out = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
+        for module in (*self.convs, *self.adapters, self.out):
+            nn.init.kaiming_uniform_(module.weight, a=1)
+            nn.init.zeros_(module.bias)
+        for projection in (self.q_proj, self.k_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, source: MaskSource, images: Tensor, queries: Tensor) -> Tensor:
+        """
+        Args:
+            source: of the whole batch.
+            images, queries: (P,) int64, the pairs that a mask is wanted of.
+
+        Returns:
+            (P, H, W) logits.
+        """
+        if len(images) == 0:  # of a query that does not matter: every parameter has a gradient
+            none = images.new_zeros(1)
+            return self(source, none, none)[:0]
+        height, width = source.memory.level_shapes[0]
+        maps = self.attention_maps(source, images, queries).unflatten(-1, (height, width))
+        projected = source.projected.transpose(1, 2).unflatten(-1, (height, width))
+        # The first convolution of [projected; maps], whose first part is the same for all queries.
+        shared, own = self.convs[0].weight.split((projected.shape[1], self.num_heads), dim=1)
+        x = F.conv2d(projected, shared, self.convs[0].bias, padding=1)[images]
+        x = x + F.conv2d(maps.to(x.dtype), own.to(x.dtype), padding=1)
+        x = self.norms[0](x).relu()
+        x = self.norms[1](self.convs[1](x)).relu()
+        finer_maps = [source.features[name] for name in self.in_features]
+        finer_maps += [F.avg_pool2d(source.pixels, s, ceil_mode=True) for s in self.pixel_strides]
+        for finer_map, adapter, convolution, norm in zip(
+            finer_maps, self.adapters, self.convs[2:], self.norms[2:], strict=True
+        ):
+            finer = adapter(finer_map)
+            x = finer[images] + F.interpolate(x, size=finer.shape[-2:], mode="nearest")
+            x = norm(convolution(x)).relu()
+        return self.out(x).squeeze(1)
+
+    def attention_maps(self, source: MaskSource, images: Tensor, queries: Tensor) -> Tensor:
+        """(P, M, h*w): softmax over heads and places together, nothing on padding."""
+        content = source.content[images, queries]
+        query = self.q_proj(content).unflatten(-1, (self.num_heads, -1))  # (P, M, C / M)
+        key = self.k_proj(source.memory.tokens).unflatten(-1, (self.num_heads, -1))
+        scale = query.shape[-1] ** -0.5
+        scores = torch.einsum("pmc,psmc->pms", query * scale, key[images]).float()
+        padding = source.memory.padding[images][:, None]
+        scores = scores.masked_fill(padding, float("-inf"))
+        return scores.flatten(1).softmax(-1).view_as(scores)
+
+
+def resize_masks(
+    logits: Tensor, padded_size: Sequence[int], image_size: Sequence[int], size: Sequence[int]
+) -> Tensor:
+    """Logits of one image to masks at the size that is asked for, as the original does it.
+
+    Args:
+        logits: (D, H, W).
+        padded_size: height and width of the padded batch.
+        image_size: of the image in it.
+        size: of the result.
+
+    Returns:
+        (D, *size) bool.
+    """
+    full = F.interpolate(logits[:, None].float(), size=tuple(padded_size), mode="bilinear")
+    masks = full[:, :, : image_size[0], : image_size[1]] > 0
+    return F.interpolate(masks.to(torch.uint8), size=tuple(size), mode="nearest")[:, 0].bool()

@@ -1,0 +1,89 @@
+"""From masks to one class and one segment for every pixel (DETR, section 4.4).
+
+Shapes: S segments, H and W of the image in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class PanopticMerger:
+    """Every pixel goes to the query with the largest mask logit there. Of queries of the same stuff
+    class the first stays; tiny segments, and those other queries, give their pixels to whoever is
+    next, as in the original."""
+
+    def __init__(
+        self,
+        thing_classes: Sequence[int],
+        score_threshold: float = 0.85,
+        min_area: int = 4,
+    ):
+        """
+        Args:
+            thing_classes: contiguous ids of classes whose objects are counted; all others are
+                stuff.
+            score_threshold: queries with a lower score are left out.
+            min_area: in pixels; a segment as small as this is left out.
+        """
+        self.thing_classes = set(thing_classes)
+        self.score_threshold = score_threshold
+        self.min_area = min_area
+
+    def __call__(
+        self, logits: Tensor, scores: Tensor, classes: Tensor, size: Sequence[int]
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """
+        Args:
+            logits: (S, H', W') of the candidate queries' masks, at the image's size or a part.
+            scores, classes: (S,).
+            size: H, W of the result.
+
+        Returns:
+            detectron2's `panoptic_seg`: (H, W) int32 with the id of each pixel's segment, from 1 on
+            (0 where there is none), and for each id a dictionary of "id", "isthing",
+            "category_id", "score" and "area".
+        """
+        kept = scores > self.score_threshold
+        logits, scores, classes = logits[kept], scores[kept], classes[kept]
+        # The original decides at the size that the model saw, and enlarges the decision.
+        while len(logits):
+            winners = self._merge_stuff(logits.argmax(0), classes)
+            winners = F.interpolate(winners[None, None].float(), size=tuple(size))[0, 0].long()
+            areas = torch.bincount(winners.flatten(), minlength=len(logits))
+            tiny = areas <= self.min_area
+            if not tiny.any():
+                return self._segments(winners, areas, scores, classes)
+            logits, scores, classes = logits[~tiny], scores[~tiny], classes[~tiny]
+        return torch.zeros(*size, dtype=torch.int32, device=logits.device), []
+
+    def _merge_stuff(self, winners: Tensor, classes: Tensor) -> Tensor:
+        """(H, W) indices of queries; those of one stuff class become the first of them."""
+        first: dict[int, int] = {}
+        target = list(range(len(classes)))
+        for index, name in enumerate(classes.tolist()):
+            if name not in self.thing_classes:
+                target[index] = first.setdefault(name, index)
+        return torch.tensor(target, device=winners.device)[winners]
+
+    def _segments(
+        self, winners: Tensor, areas: Tensor, scores: Tensor, classes: Tensor
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        info = [
+            {
+                "id": index + 1,
+                "isthing": name in self.thing_classes,
+                "category_id": name,
+                "score": score,
+                "area": area,
+            }
+            for index, (name, score, area) in enumerate(
+                zip(classes.tolist(), scores.tolist(), areas.tolist(), strict=True)
+            )
+        ]
+        return (winners + 1).to(torch.int32), info

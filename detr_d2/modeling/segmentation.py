@@ -1,0 +1,83 @@
+"""Masks beside detections: ground truth in, instance and panoptic results out.
+
+Shapes: D detections of an image, T objects, H and W in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.structures.masks import polygons_to_bitmask
+from torch import Tensor, nn
+
+from ..structures import Predictions
+from .mask_head import resize_masks
+from .panoptic import PanopticMerger
+
+MasksOf = Callable[[Tensor, Tensor], Tensor]
+# Masks that are computed and enlarged at a time, so that memory does not grow with the detections.
+CHUNK = 10
+
+
+def to_bitmasks(masks: BitMasks | PolygonMasks, height: int, width: int) -> Tensor:
+    """detectron2's ground truth, of either kind -> (T, H, W) bool."""
+    if isinstance(masks, BitMasks):
+        return masks.tensor
+    bitmasks = [torch.from_numpy(polygons_to_bitmask(p, height, width)) for p in masks.polygons]
+    return torch.stack(bitmasks) if bitmasks else torch.zeros(0, height, width, dtype=torch.bool)
+
+
+def add_masks(
+    results: Sequence[dict[str, Any]],
+    masks_of: MasksOf,
+    batched_inputs: Sequence[dict[str, Any]],
+    padded_size: tuple[int, int],
+) -> None:
+    """Adds `pred_masks` to detections, in place; takes their `pred_queries` away."""
+    for index, (result, x) in enumerate(zip(results, batched_inputs, strict=True)):
+        instances = result["instances"]
+        queries = instances.pred_queries
+        masks = torch.zeros(len(queries), *instances.image_size, dtype=torch.bool)
+        masks = masks.to(queries.device)
+        for first in range(0, len(queries), CHUNK):
+            chunk = queries[first : first + CHUNK]
+            logits = masks_of(torch.full_like(chunk, index), chunk)
+            masks[first : first + CHUNK] = resize_masks(
+                logits, padded_size, x["image"].shape[-2:], instances.image_size
+            )
+        instances.pred_masks = masks
+        instances.remove("pred_queries")
+
+
+def add_panoptic(
+    results: Sequence[dict[str, Any]],
+    predictions: Predictions,
+    classification: nn.Module,
+    merger: PanopticMerger,
+    batched_inputs: Sequence[dict[str, Any]],
+    padded_size: tuple[int, int],
+) -> None:
+    """Adds `panoptic_seg` to the results, in place."""
+    scores, classes = classification.best(predictions.layers[-1].logits.float())
+    for index, (result, x) in enumerate(zip(results, batched_inputs, strict=True)):
+        queries = (scores[index] > merger.score_threshold).nonzero()[:, 0]
+        height, width = x["image"].shape[-2:]
+        logits = torch.cat(
+            [
+                F.interpolate(
+                    predictions.masks(torch.full_like(chunk, index), chunk)[:, None].float(),
+                    size=padded_size,
+                    mode="bilinear",
+                )[:, 0, :height, :width]
+                for chunk in queries.split(CHUNK)
+            ]
+            or [scores.new_zeros(0, height, width)]
+        )
+        size = x.get("height", height), x.get("width", width)
+        result["panoptic_seg"] = merger(
+            logits, scores[index, queries], classes[index, queries], size
+        )

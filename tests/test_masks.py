@@ -1,0 +1,341 @@
+"""Masks: the head, its losses, instance and panoptic results, training on a frozen detector."""
+
+import copy
+import resource
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, PolygonMasks
+from torch import nn
+
+from detr_d2.errors import UserError
+from detr_d2.losses import dice_mask_loss, focal_mask_loss
+from detr_d2.modeling import segmentation
+from detr_d2.modeling.mask_head import MaskHead, resize_masks
+from detr_d2.modeling.panoptic import PanopticMerger
+from detr_d2.modeling.segmentation import to_bitmasks
+
+from .helpers import random_inputs, tiny_cfg
+
+MASKS = ("MODEL.MASK_ON", True, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4"])
+MASKS += ("MODEL.DETR.IN_FEATURES", ["res4"])
+SIZES = [(64, 96), (80, 64)]
+
+
+def make_model(*options, variant="detr_tiny"):
+    torch.manual_seed(0)
+    return build_model(tiny_cfg(*MASKS, *options, config=variant))
+
+
+def inputs_with_masks(sizes=SIZES, counts=(2, 1)):
+    """The boxes' insides are the masks."""
+    inputs = random_inputs(sizes, counts)
+    for x in inputs:
+        height, width = x["image"].shape[-2:]
+        masks = torch.zeros(len(x["instances"]), height, width, dtype=torch.bool)
+        for mask, box in zip(masks, x["instances"].gt_boxes.tensor.round().int(), strict=True):
+            mask[box[1] : box[3], box[0] : box[2]] = True
+        x["instances"].gt_masks = BitMasks(masks)
+    return inputs
+
+
+# ------------------------------------------------------------------------------------ the head
+
+
+def predictions_of(model, inputs):
+    return model._predict(inputs)
+
+
+@torch.no_grad()
+def test_the_shared_first_convolution_is_that_of_the_concatenation():
+    model = make_model().eval()
+    predictions, _ = predictions_of(model, random_inputs(SIZES))
+    head, source = model.mask_head, predictions.masks.args[0]
+    images, queries = torch.tensor([0, 0, 1]), torch.tensor([2, 5, 0])
+    maps = head.attention_maps(source, images, queries)
+    # Over heads and places together, nothing on padding.
+    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(3))
+    assert not maps[:, :, source.memory.padding[images[0]]][:2].any()
+    height, width = source.memory.level_shapes[0]
+    projected = source.projected.transpose(1, 2).unflatten(-1, (height, width))[images]
+    x = torch.cat((projected, maps.unflatten(-1, (height, width))), dim=1)
+    x = head.norms[0](head.convs[0](x)).relu()
+    x = head.norms[1](head.convs[1](x)).relu()
+    for name, adapter, convolution, norm in zip(
+        ("res3", "res2"), head.adapters, head.convs[2:], head.norms[2:], strict=True
+    ):
+        finer = adapter(source.features[name])[images]
+        x = finer + nn.functional.interpolate(x, size=finer.shape[-2:], mode="nearest")
+        x = norm(convolution(x)).relu()
+    expected = head.out(x)[:, 0]
+    torch.testing.assert_close(predictions.masks(images, queries), expected, rtol=1e-4, atol=1e-5)
+    assert expected.shape[1:] == source.features["res2"].shape[2:]
+
+
+@pytest.mark.parametrize(("stride", "side"), [(4, 24), (2, 48), (1, 96)])
+@torch.no_grad()
+def test_finer_strides(stride, side):
+    model = make_model("MODEL.DETR.MASK_STRIDE", stride).eval()
+    predictions, _ = predictions_of(model, random_inputs([(96, 96)]))
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert predictions.masks(zero, zero).shape == (1, side, side)
+
+
+@torch.no_grad()
+def test_chunks_change_nothing(monkeypatch):
+    model, inputs = make_model().eval(), random_inputs(SIZES)
+    whole = model(inputs)
+    monkeypatch.setattr(segmentation, "CHUNK", 3)
+    for ours, theirs in zip(model(inputs), whole, strict=True):
+        assert torch.equal(ours["instances"].pred_masks, theirs["instances"].pred_masks)
+
+
+@torch.no_grad()
+def test_masks_have_the_size_that_is_asked_for():
+    model, inputs = make_model("TEST.DETECTIONS_PER_IMAGE", 4).eval(), random_inputs(SIZES)
+    inputs[0] |= {"height": 200, "width": 300}
+    first, second = (result["instances"] for result in model(inputs))
+    assert first.pred_masks.shape == (4, 200, 300) and first.pred_masks.dtype == torch.bool
+    assert second.pred_masks.shape == (4, 80, 64)
+    assert not first.has("pred_queries")
+
+
+def test_resizing_by_hand():
+    """2x2 logits over a padded 8x8 batch, of which the image has the left half."""
+    logits = torch.tensor([[[4.0, -4.0], [4.0, -4.0]]])
+    masks = resize_masks(logits, (8, 8), (8, 4), (16, 8))
+    assert masks.shape == (1, 16, 8) and masks.all()
+    masks = resize_masks(logits, (8, 8), (8, 8), (8, 8))
+    assert masks[0, :, :4].all() and not masks[0, :, 4:].any()
+
+
+@torch.no_grad()
+def test_memory_does_not_grow_with_the_detections():
+    """100 masks of 800x1333 take 107 MB as bytes; chunks of logits come on top, not all at once."""
+    head = MaskHead(32, 4, ["res3", "res2"], [16, 8]).eval()
+    from detr_d2.modeling.mask_head import MaskSource
+    from detr_d2.structures import Memory
+
+    height, width = 50, 84
+    memory = Memory(
+        tokens=torch.randn(1, height * width, 32),
+        positions=torch.zeros(1, height * width, 32),
+        padding=torch.zeros(1, height * width, dtype=torch.bool),
+        level_shapes=((height, width),),
+        valid_ratios=torch.ones(1, 1, 2),
+    )
+    features = {"res3": torch.randn(1, 16, 100, 168), "res2": torch.randn(1, 8, 200, 334)}
+    pixels = torch.zeros(1, 3, 800, 1333)
+    source = MaskSource(memory, memory.tokens, features, pixels, torch.randn(1, 100, 32))
+
+    class Detected:
+        pred_queries = torch.arange(100)
+        image_size = (800, 1333)
+
+        def remove(self, name):
+            pass
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    results, inputs = [{"instances": Detected()}], [{"image": pixels[0]}]
+    before = peak()
+    segmentation.add_masks(results, partial(head, source), inputs, (800, 1333))
+    assert results[0]["instances"].pred_masks.shape == (100, 800, 1333)
+    assert peak() - before < 107 + 450
+
+
+# -------------------------------------------------------------------------------------- losses
+
+
+def test_focal_loss_by_hand():
+    """Two pixels at probability 0.9: one is right, the other wrong."""
+    logits = torch.full((1, 1, 2), 0.9).logit()
+    loss = focal_mask_loss(logits, torch.tensor([[[1.0, 0.0]]]))
+    right = -0.25 * 0.1**2 * np.log(0.9)
+    wrong = -0.75 * 0.9**2 * np.log(0.1)
+    assert loss.item() == pytest.approx((right + wrong) / 2, rel=1e-5)
+
+
+def test_dice_loss_by_hand():
+    logits = torch.full((1, 1, 2), 0.5).logit()
+    loss = dice_mask_loss(logits, torch.tensor([[[1.0, 0.0]]]))
+    assert loss.item() == pytest.approx(1 - (2 * 0.5 + 1) / (1 + 1 + 1))
+
+
+def test_losses_of_masks_are_there_once_and_reach_every_parameter():
+    model = make_model().train()
+    losses = model(inputs_with_masks())
+    assert {name for name in losses if "mask" in name or "dice" in name} == {
+        "loss_mask",
+        "loss_dice",
+    }
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert model.mask_head.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_images_without_objects():
+    model = make_model().train()
+    losses = model(inputs_with_masks(counts=(0, 0)))
+    assert losses["loss_mask"] == losses["loss_dice"] == 0
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.mask_head.parameters())
+
+
+def test_accumulated_batches_are_the_whole_batch():
+    """Of images of one size, for a mask's loss is a mean over the padded batch."""
+    model = make_model().train()
+    model.backbone.eval()
+    inputs = inputs_with_masks([(64, 96), (64, 96)])
+    whole = model(inputs)
+    parts = [model([x], object_counts=[2, 1]) for x in inputs]
+    for name in ("loss_mask", "loss_dice"):
+        total = sum(part[name] for part in parts)
+        torch.testing.assert_close(total, whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_polygons_and_bitmaps_are_the_same_ground_truth():
+    polygon = np.array([10.0, 5, 40, 5, 40, 30, 10, 30])
+    masks = to_bitmasks(PolygonMasks([[polygon], [polygon / 2]]), 50, 60)
+    assert masks.shape == (2, 50, 60) and masks[0].sum() == 30 * 25
+    assert torch.equal(to_bitmasks(BitMasks(masks), 50, 60), masks)
+    assert to_bitmasks(PolygonMasks([]), 50, 60).shape == (0, 50, 60)
+
+
+# ---------------------------------------------------------------------------- a frozen detector
+
+
+def test_a_frozen_detector_stays_what_it_was():
+    """Its boxes to the bit, whatever the training does; nothing of it is kept for gradients."""
+    options = ("MODEL.DETR.FROZEN_WEIGHTS", "x.pth", "MODEL.DETR.DROPOUT", 0.3)
+    model = make_model(*options)
+    before = copy.deepcopy(model.state_dict())
+    inputs = inputs_with_masks()
+    with torch.no_grad():
+        boxes = model.eval().predict(inputs)[-1].boxes
+    model.train()
+    assert not model.backbone.training and not model.transformer.training
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for p in model.mask_head.parameters()}
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(3):
+        losses = model(inputs)
+        assert losses.keys() == {"loss_mask", "loss_dice"}
+        sum(losses.values()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(model.eval().predict(inputs)[-1].boxes, boxes)
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed and all(name.startswith("mask_head.") for name in changed)
+
+
+def test_two_images_masks_are_learnt_by_heart():
+    model = make_model("MODEL.DETR.MASK_STRIDE", 2).train()
+    inputs = inputs_with_masks([(64, 96), (64, 96)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    history = []
+    for _ in range(60):
+        losses = model(inputs)
+        history.append((losses["loss_mask"] + losses["loss_dice"]).item())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert history[-1] < 0.5 * history[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "variant", "message"),
+    [
+        ((), "deformable_tiny", "MASK_ON needs MODEL.DETR.NECK single_scale"),
+        (("MODEL.DETR.MASK_STRIDE", 3), "detr_tiny", "MASK_STRIDE is 3; it must be 4"),
+        (("MODEL.DETR.PANOPTIC.ENABLED", True), "detr_tiny", "needs a panoptic data set"),
+        (
+            ("MODEL.MASK_ON", False, "MODEL.DETR.FROZEN_WEIGHTS", "x.pth"),
+            "detr_tiny",
+            "FROZEN_WEIGHTS freezes the detector to train masks",
+        ),
+        (
+            ("MODEL.MASK_ON", False, "MODEL.DETR.PANOPTIC.ENABLED", True),
+            "detr_tiny",
+            "PANOPTIC needs MODEL.MASK_ON",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(options, variant, message):
+    with pytest.raises(UserError, match=message):
+        make_model(*options, variant=variant)
+
+
+@pytest.mark.parametrize("variant", ["conditional_tiny", "dn_tiny", "fast_tiny"])
+def test_any_design_with_one_level_has_masks(variant):
+    options = ("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"], "MODEL.DETR.IN_FEATURES", ["res3"])
+    model = make_model(*options, variant=variant).train()
+    losses = model(inputs_with_masks())
+    sum(losses.values()).backward()
+    assert losses["loss_mask"] > 0
+    with torch.no_grad():
+        assert model.eval()(random_inputs(SIZES))[0]["instances"].pred_masks.any()
+
+
+# ------------------------------------------------------------------------------------ panoptic
+
+
+def test_merging_by_hand():
+    """Things 0 and 1, stuff 2. Two queries of stuff are one segment, a tiny one vanishes, a weak
+    one is not asked."""
+    merger = PanopticMerger([0, 1], score_threshold=0.5, min_area=1)
+    logits = torch.full((5, 4, 4), -5.0)
+    logits[0, :, 0] = 9.0  # a thing in the first column
+    logits[1, :, 1:3] = 5.0  # stuff in the next two
+    logits[1, :, 3] = 4.0
+    logits[2, :, 3] = 5.0  # the same stuff in the last, where the first of it is second best
+    logits[3, 0, 3] = 9.0  # a thing of one pixel
+    logits[4] = 20.0
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.9, 0.4])
+    segments, info = merger(logits, scores, torch.tensor([0, 2, 2, 1, 1]), (4, 4))
+    assert [(s["category_id"], s["isthing"], s["area"]) for s in info][0] == (0, True, 4)
+    assert {s["category_id"] for s in info} == {0, 2}
+    assert sum(s["area"] for s in info) == 16
+    assert (segments[:, 0] == info[0]["id"]).all()
+    for segment in info:
+        assert (segments == segment["id"]).sum() == segment["area"]
+
+
+def test_nothing_is_found():
+    segments, info = PanopticMerger([0])(
+        torch.zeros(0, 4, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), (6, 8)
+    )
+    assert segments.shape == (6, 8) and not segments.any() and info == []
+
+
+@pytest.mark.parametrize("variant", ["detr_tiny", "fast_tiny"])
+@torch.no_grad()
+def test_panoptic_results_of_a_model(variant):
+    names = ["a", "b", "sky"]
+    MetadataCatalog.get("panoptic_test").set(
+        thing_classes=names,
+        stuff_classes=names,
+        thing_dataset_id_to_contiguous_id={1: 0, 2: 1},
+        stuff_dataset_id_to_contiguous_id={3: 2},
+    )
+    options = ("DATASETS.TEST", ("panoptic_test",), "DATASETS.TRAIN", ("panoptic_test",))
+    options += ("MODEL.DETR.PANOPTIC.ENABLED", True, "MODEL.DETR.NUM_CLASSES", 3)
+    options += ("MODEL.DETR.PANOPTIC.SCORE_THRESHOLD", 0.001)
+    if variant == "fast_tiny":
+        options += ("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"])
+        options += ("MODEL.DETR.IN_FEATURES", ["res3"])
+    model = make_model(*options, variant=variant).eval()
+    inputs = random_inputs(SIZES)
+    inputs[0] |= {"height": 100, "width": 150}
+    results = model(inputs)
+    segments, info = results[0]["panoptic_seg"]
+    assert segments.shape == (100, 150) and results[1]["panoptic_seg"][0].shape == (80, 64)
+    assert sum(s["area"] for s in info) == 100 * 150
+    assert {s["isthing"] for s in info} <= {True, False}
+    assert all(s["isthing"] == (s["category_id"] < 2) for s in info)
