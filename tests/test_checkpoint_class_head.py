@@ -7,6 +7,7 @@ import torch
 from detectron2.data import MetadataCatalog
 
 from detr_d2.checkpoint import fit_checkpoint
+from detr_d2.checkpoint.class_rows import coco_names
 from detr_d2.errors import UserError
 
 HEAD = "transformer.decoder.heads.0.class_head.weight"
@@ -331,3 +332,16 @@ def test_many_tensors_of_an_unknown_kind_are_another_model():
     checkpoint = {"model": {QUERIES: head(2), "transformer.level_embed": head(1)}}
     with pytest.raises(UserError, match="file.pth.*another model.*transformer.level_embed"):
         fit_checkpoint(checkpoint, {QUERIES: head(2)}, "file.pth")
+
+
+def test_panoptic_rows_map_to_contiguous_things_and_stuff():
+    """250 rows by category id: 80 things with ten holes, 53 kinds of stuff from 92 on."""
+    source = {"model": {HEAD: head(251), QUERIES: head(1)}}
+    names = coco_names(133)
+    assert len(names) == 133 and names[79:81] == ["toothbrush", "banner"]
+    model = {HEAD: head(134, 1000), QUERIES: head(1)}
+    state, report = fit_checkpoint(source, model, "f.pth", names)
+    rows = state[HEAD][:, 0].tolist()
+    assert rows[:80] == [i for i in range(1, 91) if i not in HOLES]
+    assert rows[80] == 92 and rows[132] == 200 and rows[133] == 250
+    assert report.new_classes == 0

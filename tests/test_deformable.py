@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from detr_d2.modeling.deformable import DeformableAttention, sample_levels, token_centres
+from detr_d2.modeling.deformable import (
+    DeformableAttention,
+    _grid_sample,
+    _look_up,
+    sample_levels,
+    token_centres,
+)
 from detr_d2.structures import Memory, QueryPosition
 
 C, HEADS, POINTS = 8, 2, 3
@@ -87,10 +93,27 @@ def attention():
     return module
 
 
-def test_samples_equal_a_loop():
+@pytest.mark.parametrize("sample", [_grid_sample, _look_up])
+def test_samples_equal_a_loop(sample):
     value, locations, weights = random_samples()
-    actual = sample_levels(value, SHAPES, locations, weights)
+    actual = sample(value, SHAPES, locations, weights)
     torch.testing.assert_close(actual, loop(value, SHAPES, locations, weights))
+
+
+def test_both_ways_to_sample_are_used(monkeypatch):
+    """Rows are looked up where nobody asks for gradients."""
+    used = []
+    for name, function in (("_grid_sample", _grid_sample), ("_look_up", _look_up)):
+        monkeypatch.setattr(
+            f"detr_d2.modeling.deformable.{name}",
+            lambda *a, name=name, function=function: used.append(name) or function(*a),
+        )
+    value, locations, weights = random_samples()
+    sample_levels(value, SHAPES, locations, weights)
+    sample_levels(value.requires_grad_(), SHAPES, locations, weights)
+    with torch.no_grad():
+        sample_levels(value, SHAPES, locations, weights)
+    assert used == ["_look_up", "_grid_sample", "_look_up"]
 
 
 def test_gradients_of_samples_in_double_precision():

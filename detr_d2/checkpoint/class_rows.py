@@ -20,19 +20,18 @@ class UnknownNamesError(ValueError):
 def coco_names(num_classes: int) -> list[str | None] | None:
     """Names of COCO's classes as heads of this size count them; None where no head of COCO does.
 
-    80 contiguous classes, or rows indexed by COCO's category ids, which go up to 90 with ten holes:
-    91 for boxes, 250 where the ids of stuff follow (None: no such thing class).
+    80 contiguous classes (133 with stuff), or rows indexed by COCO's category ids, which go up to
+    90 with ten holes: 91 for boxes, 250 where the ids of stuff follow (None: no such class).
     """
-    metadata = MetadataCatalog.get("coco_2017_train")
-    if num_classes == len(metadata.thing_classes):
-        return list(metadata.thing_classes)
+    metadata = MetadataCatalog.get("coco_2017_train_panoptic")
+    names = metadata.stuff_classes  # of things, too: detectron2's list has all 133
+    things = metadata.thing_dataset_id_to_contiguous_id
+    if num_classes in (len(things), len(names)):
+        return list(names[:num_classes])
     if num_classes not in (91, 250):
         return None
-    contiguous = metadata.thing_dataset_id_to_contiguous_id
-    return [
-        metadata.thing_classes[contiguous[i]] if i in contiguous else None
-        for i in range(num_classes)
-    ]
+    contiguous = {**things, **metadata.stuff_dataset_id_to_contiguous_id}
+    return [names[contiguous[i]] if i in contiguous else None for i in range(num_classes)]
 
 
 def names_of_rows(names: Names | None, num_classes: int) -> list[str | None] | None:

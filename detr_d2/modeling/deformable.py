@@ -108,6 +108,59 @@ def sample_levels(
     Returns:
         (B, Q, M, D) in the type of `value`.
     """
+    needs_gradient = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (value, locations, weights)
+    )
+    # Looking rows up is twice as fast on CPUs, but its backward pass is slow, and other runtimes
+    # know grid_sample better.
+    if value.device.type == "cpu" and not needs_gradient and not torch.compiler.is_compiling():
+        return _look_up(value, level_shapes, locations, weights)
+    return _grid_sample(value, level_shapes, locations, weights)
+
+
+def _look_up(
+    value: Tensor, level_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """A bag of 4 * L * P weighted rows for every query and head."""
+    batch, tokens, heads, channels = value.shape
+    sides = locations.new_tensor([[width, height] for height, width in level_shapes])[:, None]
+    places = locations * sides - 0.5
+    low = places.floor()
+    share = places - low
+    starts = [0]
+    for height, width in level_shapes[:-1]:
+        starts.append(starts[-1] + height * width)
+    # Of the two cells on either side along each axis: index, and weight (none outside the level).
+    indices, shares = [], []
+    for step in (0, 1):
+        cell = low + step
+        inside = (cell >= 0) & (cell < sides)
+        indices.append(torch.minimum(cell.clamp_(min=0), sides - 1))
+        shares.append((share if step else 1 - share) * inside)
+    first = locations.new_tensor(starts)[:, None]
+    image = (tokens * torch.arange(batch, device=value.device)).view(-1, 1, 1, 1, 1)
+    head = torch.arange(heads, device=value.device)[:, None, None]
+    rows, factors = [], []
+    for down in (0, 1):
+        row = indices[down][..., 1] * sides[..., 0] + first
+        factor = shares[down][..., 1] * weights
+        for right in (0, 1):
+            cell = (row + indices[right][..., 0]).long()
+            rows.append((cell + image) * heads + head)
+            factors.append(factor * shares[right][..., 0])
+    bags = batch * locations.shape[1] * heads
+    summed = F.embedding_bag(
+        torch.stack(rows, dim=-1).view(bags, -1),
+        value.reshape(-1, channels),
+        mode="sum",
+        per_sample_weights=torch.stack(factors, dim=-1).view(bags, -1).to(value.dtype),
+    )
+    return summed.view(batch, -1, heads, channels)
+
+
+def _grid_sample(
+    value: Tensor, level_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
     dtype = value.dtype
     value, weights = value.to(locations.dtype), weights.to(locations.dtype)
     batch, _, heads, channels = value.shape
