@@ -9,10 +9,11 @@ from detr_d2.engine.compare import Result, compare, table, train
 from detr_d2.errors import UserError
 from detr_d2.visualize import draw_designs
 
-# Stands in for tools/train_net.py: a step takes as long as the config's name says, in tenths of a
-# second, and AP grows with the share of the training that is done.
+# Stands in for tools/train_net.py: a step takes as long as the config's name says, in hundredths of
+# a second of work, and AP grows with the share of the training that is done. Starting takes half a
+# second; sleeping is no work.
 SCRIPT = """
-import json, sys
+import json, os, sys, time
 from pathlib import Path
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 name = Path(arguments["--config-file"]).stem
@@ -22,11 +23,13 @@ folder = Path(arguments["OUTPUT_DIR"])
 folder.mkdir(parents=True, exist_ok=True)
 print("Built Detr with 2.5 M trainable parameters.")
 iterations, period = int(arguments["SOLVER.MAX_ITER"]), int(arguments["TEST.EVAL_PERIOD"])
-# The probe starts slowly; there are evaluations in the training proper.
-lines = [
-    {"iteration": i, "time": 99.0 if i < 40 and not period else int(name[1:]) / 10}
-    for i in range(19, iterations, 20)
-]
+assert os.environ["OMP_NUM_THREADS"] == "1"
+if not period:
+    time.sleep(iterations / 100)
+    end = time.process_time() + 0.3 + iterations * int(name[1:]) / 100
+    while time.process_time() < end:
+        pass
+lines = []
 for i in range(period, iterations + 1, period) if period else ():
     share = i / iterations
     lines.append({"iteration": i - 1, "bbox/AP": 40.0 * share, "bbox/AP50": 60.0 * share})
@@ -44,26 +47,26 @@ def train_net(tmp_path):
 
 
 def test_every_design_has_the_same_time(train_net, tmp_path):
-    """Half a second or a whole one per step: in two minutes 240 or 120 steps."""
-    results = compare(train_net, ["x/s5.yaml", "x/s10.yaml"], tmp_path / "out", minutes=2.0)
-    assert [r.iterations for r in results] == [240, 120]
+    """A hundredth of a second per step or three: in two minutes 12,000 or 4,000 steps."""
+    results = compare(train_net, ["x/s1.yaml", "x/s3.yaml"], tmp_path / "out", minutes=2.0)
+    assert [r.iterations for r in results] == pytest.approx([12000, 4000], rel=0.3)
     for result in results:
-        assert result.minutes == pytest.approx([0.5, 1.0, 1.5, 2.0])
+        assert result.minutes == pytest.approx([0.5, 1.0, 1.5, 2.0], rel=0.01)
         assert result.ap == pytest.approx([10, 20, 30, 40]) and result.ap50[-1] == 60
         assert result.parameters == 2.5
-    arguments = json.loads((tmp_path / "out" / "s5" / "arguments.json").read_text())
+    arguments = json.loads((tmp_path / "out" / "s1" / "arguments.json").read_text())
     assert arguments["SOLVER.LR_SCHEDULER_NAME"] == "WarmupCosineLR"
     assert "DATASETS.TEST" not in arguments
-    probe = json.loads((tmp_path / "out" / "s5" / "probe" / "arguments.json").read_text())
+    probe = json.loads((tmp_path / "out" / "s1" / "probe" / "long" / "arguments.json").read_text())
     assert probe["DATASETS.TEST"] == "()"
 
 
 def test_known_results_are_not_made_again(train_net, tmp_path):
-    first = compare(train_net, ["x/s5.yaml"], tmp_path / "out", minutes=2.0)
+    first = compare(train_net, ["x/s1.yaml"], tmp_path / "out", minutes=2.0)
     Path(train_net).write_text("import sys; sys.exit(1)")
-    assert compare(train_net, ["x/s5.yaml"], tmp_path / "out", minutes=2.0) == first
+    assert compare(train_net, ["x/s1.yaml"], tmp_path / "out", minutes=2.0) == first
     assert [r["name"] for r in json.loads((tmp_path / "out" / "results.json").read_text())] == [
-        "s5"
+        "s1"
     ]
 
 

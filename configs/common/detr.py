@@ -89,6 +89,7 @@ optimizer = L(AdamW)(
         lr_factor_func=L(LearningRateFactor)(backbone=0.1),
     ),
     lr=1e-4,
+    fused=True,
 )
 
 # 500 epochs of 118,287 images, 64 at a time; the learning rate drops after 400.

@@ -24,8 +24,8 @@ class TensorResizeTransform(T.ResizeTransform):
             return super().apply_image(img, interp)
         if img.shape[:2] == (self.new_h, self.new_w):
             return img
-        # A flipped image is a view with a negative stride, which torch does not take.
-        img = np.ascontiguousarray(img) if min(img.strides) < 0 else img
+        # Torch takes no negative strides, which flipped images have, and warns of read-only memory.
+        img = img if min(img.strides) > 0 and img.flags.writeable else img.copy()
         image = torch.as_tensor(img).permute(2, 0, 1)[None]
         size = (self.new_h, self.new_w)
         resized = F.interpolate(image, size=size, mode="bilinear", antialias=True)

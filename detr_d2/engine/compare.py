@@ -2,16 +2,17 @@
 
 Every training is a run of `tools/train_net.py` with the schedule below: a warm-up, then a cosine
 that ends with the budget. How many iterations that makes is measured first, design by design.
+Minutes are those of one core at work (CPU time): what else runs on the machine does not count.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 from tabulate import tabulate
@@ -19,8 +20,8 @@ from tabulate import tabulate
 from ..errors import UserError
 
 WARMUP = 100
-# Before the time of an iteration is taken: allocators and caches settle first.
-PROBE_ITERATIONS, PROBE_SKIPPED = 80, 40
+# Trainings of two lengths: their difference is free of what starting costs.
+SHORT_PROBE, LONG_PROBE = 40, 100
 
 
 class Result(NamedTuple):
@@ -60,14 +61,18 @@ def compare(
             seconds = seconds_per_iteration(train_net, config, folder / "probe")
             iterations = round(60 * minutes / seconds)
             train(train_net, config, folder, iterations, max(iterations // evaluations, 1))
-            known.write_text(json.dumps(summarise(folder)._asdict()))
+            known.write_text(json.dumps(summarise(folder, seconds)._asdict()))
         results.append(Result(**json.loads(known.read_text())))
     (output / "results.json").write_text(json.dumps([r._asdict() for r in results], indent=1))
     return results
 
 
-def train(train_net: str, config: str, folder: Path, iterations: int, period: int) -> None:
-    """One training; `period`: iterations between evaluations, 0 for none."""
+def train(train_net: str, config: str, folder: Path, iterations: int, period: int) -> float:
+    """One training on one core; `period`: iterations between evaluations, 0 for none.
+
+    Returns:
+        seconds of CPU time.
+    """
     schedule: dict[str, Any] = {
         "SOLVER.MAX_ITER": iterations,
         "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
@@ -83,24 +88,29 @@ def train(train_net: str, config: str, folder: Path, iterations: int, period: in
     for key, value in schedule.items():
         command += [key, str(value)]
     folder.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    before = os.times()
     with open(folder / "console.txt", "w") as console:
-        status = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(
+            command, stdout=console, stderr=subprocess.STDOUT, env=environment
+        ).returncode
+    after = os.times()
     if status:
         last = (folder / "console.txt").read_text().strip().splitlines()[-1:]
         raise UserError(f"The training of {config} ended with status {status}: {''.join(last)}")
+    used = after.children_user + after.children_system
+    return used - before.children_user - before.children_system
 
 
 def seconds_per_iteration(train_net: str, config: str, folder: Path) -> float:
-    train(train_net, config, folder, PROBE_ITERATIONS, 0)
-    times = [
-        m["time"] for m in read_metrics(folder) if m["iteration"] >= PROBE_SKIPPED and "time" in m
-    ]
-    return median(times)
+    short = train(train_net, config, folder / "short", SHORT_PROBE, 0)
+    long = train(train_net, config, folder / "long", LONG_PROBE, 0)
+    return (long - short) / (LONG_PROBE - SHORT_PROBE)
 
 
-def summarise(folder: Path) -> Result:
+def summarise(folder: Path, seconds: float) -> Result:
+    """`seconds`: of an iteration."""
     metrics = read_metrics(folder)
-    seconds = median(m["time"] for m in metrics if "time" in m)
     evaluated = [m for m in metrics if "bbox/AP" in m]
     log = (folder / "console.txt").read_text()
     parameters = float(log.partition("Built Detr with ")[2].split()[0])

@@ -1,4 +1,4 @@
-"""Panoptic quality (Kirillov et al., 2019), computed by hotcoco or by panopticapi."""
+"""Panoptic quality (Kirillov et al., 2019), computed by hotcoco."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PanopticEvaluator(DatasetEvaluator):
             output_folder: keeps the predictions, in COCO's panoptic format; None keeps none.
 
         Raises:
-            UserError: neither package is installed.
+            UserError: hotcoco is not installed.
         """
         self._metadata = MetadataCatalog.get(dataset_name)
         self._output_folder = output_folder
@@ -117,16 +117,12 @@ class PanopticEvaluator(DatasetEvaluator):
 def choose_pq_compute() -> Callable[..., dict[str, Any]]:
     """
     Raises:
-        UserError: no package computes it.
+        UserError: hotcoco is not installed.
     """
     try:
         from hotcoco.panoptic import pq_compute
-    except ImportError:
-        try:
-            from panopticapi.evaluation import pq_compute
-        except ImportError as error:
-            raise UserError(
-                "Panoptic quality is computed by hotcoco, which is not installed: "
-                "pip install hotcoco"
-            ) from error
+    except ImportError as error:
+        raise UserError(
+            "Panoptic quality is computed by hotcoco, which is not installed: pip install hotcoco"
+        ) from error
     return pq_compute
