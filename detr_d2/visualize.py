@@ -9,11 +9,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from detectron2.data import MetadataCatalog, detection_utils
+import torch
+from detectron2.data import Metadata, MetadataCatalog, detection_utils
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
+from .data.segments import read_segment_ids
 from .engine.compare import Result
 
 # Height of one drawn image, in pixels, so that small images stay legible.
@@ -31,14 +33,15 @@ def draw_comparison(
     """Writes a picture with predictions on the left and ground truth on the right of each image.
 
     Args:
-        predictor: BGR image (H, W, 3) -> {"instances": Instances}, e.g. `DetrPredictor`.
+        predictor: BGR image (H, W, 3) -> {"instances": Instances}, e.g. `DetrPredictor`. Masks
+            and "panoptic_seg" are drawn where they are there.
         dataset_dicts: the images to draw, in detectron2's standard format.
         dataset_name: for the class names.
         score_threshold: detections below are not drawn.
         columns: images side by side.
 
     Returns:
-        The number of detections drawn.
+        The number of detections drawn, or of panoptic segments.
     """
     drawn = [draw_pair(predictor, d, dataset_name, score_threshold) for d in dataset_dicts]
     pairs = [pair for pair, _ in drawn]
@@ -60,16 +63,40 @@ def draw_pair(
     image = detection_utils.read_image(dataset_dict["file_name"], format="RGB")
     metadata = MetadataCatalog.get(dataset_name)
     scale = HEIGHT / image.shape[0]
-    instances = predictor(image[:, :, ::-1])["instances"].to("cpu")
-    instances = instances[instances.scores >= score_threshold]
-    predicted = Visualizer(image, metadata, scale).draw_instance_predictions(instances)
-    boxes_only = [
-        {k: v for k, v in annotation.items() if k != "segmentation"}
-        for annotation in dataset_dict.get("annotations", [])
+    result = predictor(image[:, :, ::-1])
+    predicted, truth = (Visualizer(image, metadata, scale) for _ in range(2))
+    if "panoptic_seg" in result:
+        segments, info = result["panoptic_seg"]
+        predicted.draw_panoptic_seg(segments.cpu(), info)
+        truth.draw_panoptic_seg(*_true_segments(dataset_dict, metadata))
+        count = len(info)
+    else:
+        instances = result["instances"].to("cpu")
+        instances = instances[instances.scores >= score_threshold]
+        predicted.draw_instance_predictions(instances)
+        kept = {"bbox", "bbox_mode", "category_id"}
+        kept |= {"segmentation"} if instances.has("pred_masks") else set()
+        annotations = [
+            {key: value for key, value in annotation.items() if key in kept}
+            for annotation in dataset_dict.get("annotations", [])
+        ]
+        truth.draw_dataset_dict({"annotations": annotations})
+        count = len(instances)
+    drawn = [_fit_height(each.output.get_image()) for each in (predicted, truth)]
+    return np.hstack([*drawn, np.full((HEIGHT, 24, 3), 255, np.uint8)]), count
+
+
+def _true_segments(
+    dataset_dict: dict[str, Any], metadata: Metadata
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Panoptic ground truth in the format of `panoptic_seg`."""
+    ids = torch.from_numpy(read_segment_ids(dataset_dict["pan_seg_file_name"]))
+    things = set(metadata.thing_dataset_id_to_contiguous_id.values())
+    info = [
+        {**segment, "isthing": segment["category_id"] in things}
+        for segment in dataset_dict["segments_info"]
     ]
-    truth = Visualizer(image, metadata, scale).draw_dataset_dict({"annotations": boxes_only})
-    drawn = [_fit_height(output.get_image()) for output in (predicted, truth)]
-    return np.hstack([*drawn, np.full((HEIGHT, 24, 3), 255, np.uint8)]), len(instances)
+    return ids, info
 
 
 def draw_curves(metrics_file: str | Path, path: str | Path) -> None:

@@ -234,6 +234,23 @@ def test_a_frozen_detector_stays_what_it_was():
     assert changed and all(name.startswith("mask_head.") for name in changed)
 
 
+@pytest.mark.parametrize("frozen", ["", "x.pth"])
+def test_mixed_precision(frozen):
+    """The losses ask for masks outside of autocast, which are in its precision nevertheless."""
+    model = make_model("MODEL.DETR.FROZEN_WEIGHTS", frozen, variant="fast_tiny").train()
+    inputs = inputs_with_masks()
+    torch.manual_seed(1)
+    expected = model(inputs)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(inputs)
+    assert losses.keys() == expected.keys()
+    for name in ("loss_mask", "loss_dice"):
+        assert losses[name].item() == pytest.approx(expected[name].item(), rel=0.05), name
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in model.mask_head.parameters())
+
+
 def test_two_images_masks_are_learnt_by_heart():
     model = make_model("MODEL.DETR.MASK_STRIDE", 2).train()
     inputs = inputs_with_masks([(64, 96), (64, 96)])

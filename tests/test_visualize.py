@@ -7,7 +7,9 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
+from pycocotools import mask as mask_util
 
+from detr_d2.data.segments import id_to_rgb
 from detr_d2.visualize import HEIGHT, draw_comparison, draw_curves
 
 
@@ -46,6 +48,49 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
     # Left edges at 10 (predicted, confident), 50 (predicted, below the threshold), 60 (true).
     assert column_is_bright(prediction, 10) and not column_is_bright(prediction, 50)
     assert column_is_bright(truth, 60) and not column_is_bright(truth, 10)
+
+
+def test_masks_and_panoptic_segments_are_drawn(tmp_path):
+    """Half of a black image is one segment: that half is coloured, on both sides."""
+    Image.new("RGB", (100, 50)).save(tmp_path / "black.png")
+    left = np.zeros((50, 100), np.uint8)
+    left[:, :50] = 1
+    Image.fromarray(id_to_rgb(left + 6)).save(tmp_path / "segments.png")
+    metadata = MetadataCatalog.get("visualize_masks_test")
+    metadata.set(thing_classes=["thing", "wall"], stuff_classes=["thing", "wall"])
+    metadata.set(thing_dataset_id_to_contiguous_id={1: 0})
+    rle = mask_util.encode(np.asfortranarray(left))
+    box = {"bbox": [0, 0, 50, 50], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    instance_record = {
+        "file_name": str(tmp_path / "black.png"),
+        "annotations": [{**box, "segmentation": rle}],
+    }
+    panoptic_record = {
+        "file_name": str(tmp_path / "black.png"),
+        "pan_seg_file_name": str(tmp_path / "segments.png"),
+        "segments_info": [{"id": 7, "category_id": 1}],
+    }
+
+    def instance_predictor(image):
+        instances = Instances((50, 100))
+        instances.pred_boxes = Boxes(torch.tensor([[0.0, 0, 50, 50]]))
+        instances.scores, instances.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.int64)
+        instances.pred_masks = torch.from_numpy(left)[None].bool()
+        return {"instances": instances}
+
+    def panoptic_predictor(image):
+        info = [{"id": 1, "category_id": 1, "isthing": False}]
+        return {**instance_predictor(image), "panoptic_seg": (torch.from_numpy(left).int(), info)}
+
+    pairs = [(instance_predictor, instance_record), (panoptic_predictor, panoptic_record)]
+    for predictor, record in pairs:
+        path = tmp_path / "picture.png"
+        assert draw_comparison(predictor, [record], "visualize_masks_test", path, columns=1) == 1
+        drawn = np.asarray(Image.open(path)).max(-1)
+        for start in (0, 2 * HEIGHT):  # predictions, then ground truth
+            half = drawn[20 : HEIGHT - 20, start + 20 : start + HEIGHT - 20]
+            other = drawn[20 : HEIGHT - 20, start + HEIGHT + 20 : start + 2 * HEIGHT - 20]
+            assert half.mean() > 40 and (half > 20).mean() > 0.9 and other.mean() < 20, start
 
 
 def test_curves_are_drawn_from_metrics(tmp_path, monkeypatch):

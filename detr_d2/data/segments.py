@@ -40,9 +40,14 @@ def read_segments(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
     return [to_annotation(classes == name, name) for name in present]
 
 
+def read_segment_ids(path: str) -> np.ndarray:
+    """(H, W) int64, the segment of each pixel of a panoptic picture."""
+    return rgb_to_id(_read(path))
+
+
 def _panoptic(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
     path = dataset_dict["pan_seg_file_name"]
-    ids = rgb_to_id(_read(path))
+    ids = read_segment_ids(path)
     annotations = []
     for segment in dataset_dict["segments_info"]:
         mask = ids == segment["id"]
@@ -77,6 +82,7 @@ def rgb_to_id(picture: np.ndarray) -> np.ndarray:
 
 def id_to_rgb(ids: np.ndarray) -> np.ndarray:
     """(H, W) -> (H, W, 3) uint8."""
+    ids = ids.astype(np.int64)
     return np.stack((ids % 256, ids // 256 % 256, ids // 256**2 % 256), axis=-1).astype(np.uint8)
 
 

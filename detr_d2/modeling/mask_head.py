@@ -31,6 +31,8 @@ class MaskSource:
     """(B, 3, H_image, W_image) what the backbone was given"""
     content: Tensor
     """(B, Q, C) of the last decoder layer, as the prediction heads see it"""
+    autocast: torch.dtype | None = None
+    """of the rest of the model; losses, which ask for masks, are outside of it"""
 
 
 class MaskHead(nn.Module):
@@ -94,6 +96,12 @@ class MaskHead(nn.Module):
         if len(images) == 0:  # of a query that does not matter: every parameter has a gradient
             none = images.new_zeros(1)
             return self(source, none, none)[:0]
+        with torch.autocast(
+            images.device.type, dtype=source.autocast, enabled=source.autocast is not None
+        ):
+            return self._logits(source, images, queries)
+
+    def _logits(self, source: MaskSource, images: Tensor, queries: Tensor) -> Tensor:
         height, width = source.memory.level_shapes[0]
         maps = self.attention_maps(source, images, queries).unflatten(-1, (height, width))
         projected = source.projected.transpose(1, 2).unflatten(-1, (height, width))

@@ -114,7 +114,11 @@ class Detr(nn.Module):
         if self.training:
             # First, so that no copy to the device has to wait for the forward pass.
             targets = self.prepare_targets(batched_inputs)
-            predictions, _ = self._predict(batched_inputs, targets)
+            if self.frozen_detector:  # only its last word is needed, and no denoising
+                predictions, _ = self._predict(batched_inputs, last_only=True)
+                predictions.proposals = None
+            else:
+                predictions, _ = self._predict(batched_inputs, targets)
             losses = self.criterion(predictions, targets, object_counts)
             if self.frozen_detector:
                 return {name: losses[name] for name in ("loss_mask", "loss_dice")}
@@ -157,8 +161,12 @@ class Detr(nn.Module):
             memory, features, pixels = self._encode(batched_inputs)
             predictions = self.transformer(memory, targets, last_only=last_only)
         if self.mask_head is not None:
+            device = pixels.device.type
+            autocast = (
+                torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            )
             source = MaskSource(
-                predictions.memory, memory.tokens, features, pixels, predictions.content
+                predictions.memory, memory.tokens, features, pixels, predictions.content, autocast
             )
             predictions.masks = partial(self.mask_head, source)
         return predictions, tuple(pixels.shape[-2:])
