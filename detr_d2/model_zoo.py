@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 from torch import nn
 
 from .checkpoint import load_weights
+from .checkpoint.package_files import PackageFileHandler
 from .config import get_detr_cfg
 from .data import classes_of
 from .errors import UserError
@@ -23,7 +25,10 @@ CHECKPOINTS = {
     "COCO-Detection/detr_R_50_DC5_500ep": _OFFICIAL + "detr-r50-dc5-f0fb7ef5.pth",
     "COCO-Detection/detr_R_101_500ep": _OFFICIAL + "detr-r101-2c7b67e5.pth",
     "COCO-Detection/detr_R_101_DC5_500ep": _OFFICIAL + "detr-r101-dc5-a2e86def.pth",
-    "DigitScenes/detr_tiny": "DigitScenes/detr_tiny.safetensors",
+    "COCO-PanopticSegmentation/detr_R_50": _OFFICIAL + "detr-r50-panoptic-00ce5173.pth",
+    "COCO-PanopticSegmentation/detr_R_50_DC5": _OFFICIAL + "detr-r50-dc5-panoptic-da08f1b1.pth",
+    "COCO-PanopticSegmentation/detr_R_101": _OFFICIAL + "detr-r101-panoptic-40021d53.pth",
+    "DigitScenes/detr_tiny": "detr_d2://DigitScenes/detr_tiny.safetensors",
 }
 
 
@@ -32,6 +37,18 @@ def config_folder() -> Path:
     package = Path(__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
+
+
+class ZooFileHandler(PackageFileHandler):
+    """Resolves ``detr_d2://`` paths: files beside the configs, wherever those are installed."""
+
+    prefix = "detr_d2://"
+
+    def _locate(self, path: str) -> tuple[Path, str]:
+        return config_folder().resolve(), path.removeprefix(self.prefix)
+
+
+PathManager.register_handler(ZooFileHandler())
 
 
 def get_config_file(config_path: str) -> str:
@@ -59,8 +76,7 @@ def get_checkpoint_url(config_path: str) -> str:
     name = config_path.removesuffix(".yaml").removesuffix(".py")
     if name not in CHECKPOINTS:
         raise UserError(f"The model zoo has no trained weights for {config_path!r}.")
-    checkpoint = CHECKPOINTS[name]
-    return checkpoint if "://" in checkpoint else str(config_folder() / checkpoint)
+    return CHECKPOINTS[name]
 
 
 def trained_weights(config_file: str) -> str | None:

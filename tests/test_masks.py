@@ -95,6 +95,28 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 @torch.no_grad()
+def test_a_query_with_several_classes_is_computed_once():
+    model, inputs = make_model(variant="fast_tiny").eval(), random_inputs(SIZES)
+    predictions, padded_size = predictions_of(model, inputs)
+    results = model.inference(predictions.layers[-1], inputs)
+    queries = [result["instances"].pred_queries for result in results]
+    assert any(len(q.unique()) < len(q) for q in queries)
+    asked = []
+
+    def masks_of(images, queries):
+        asked.extend(zip(images.tolist(), queries.tolist(), strict=True))
+        return predictions.masks(images, queries)
+
+    segmentation.add_masks(results, masks_of, inputs, padded_size)
+    assert len(asked) == len(set(asked)) == sum(len(q.unique()) for q in queries)
+    for index, (result, x) in enumerate(zip(results, inputs, strict=True)):
+        logits = predictions.masks(torch.full_like(queries[index], index), queries[index])
+        size = x["image"].shape[-2:]
+        expected = resize_masks(logits, padded_size, size, size)
+        assert torch.equal(result["instances"].pred_masks, expected)
+
+
+@torch.no_grad()
 def test_masks_have_the_size_that_is_asked_for():
     model, inputs = make_model("TEST.DETECTIONS_PER_IMAGE", 4).eval(), random_inputs(SIZES)
     inputs[0] |= {"height": 200, "width": 300}

@@ -11,6 +11,7 @@ from detectron2.utils.file_io import PathManager
 
 from detr_d2.checkpoint import load_weights
 from detr_d2.errors import UserError
+from detr_d2.model_zoo import config_folder
 
 from .helpers import tiny_cfg
 
@@ -48,6 +49,15 @@ def test_files_are_found_without_importing_the_package(package):
 def test_what_is_not_there_is_named(package, path, message):
     with pytest.raises(UserError, match=message):
         load_weights(torch.nn.Linear(1, 1), path)
+
+
+def test_files_of_the_zoo():
+    path = "detr_d2://DigitScenes/detr_tiny.safetensors"
+    assert PathManager.get_local_path(path) == str(
+        (config_folder() / "DigitScenes/detr_tiny.safetensors").resolve()
+    )
+    with pytest.raises(UserError, match="has no file '../setup.py'"):
+        PathManager.get_local_path("detr_d2://../setup.py")
 
 
 def test_packages_are_not_written_to(package):

@@ -20,14 +20,24 @@ PREFIX = "package://"
 class PackageFileHandler(PathHandler):
     """Resolves ``package://`` paths. The package is looked up, never imported."""
 
+    prefix = PREFIX
+
     def _get_supported_prefixes(self) -> list[str]:
-        return [PREFIX]
+        return [self.prefix]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
         """
         Raises:
             UserError: the package is not installed, or has no such file.
         """
+        root, inside = self._locate(path)
+        file = (root / inside).resolve()
+        if not file.is_relative_to(root) or not file.is_file():
+            raise UserError(f"'{path}': {root} has no file {inside!r}.")
+        return str(file)
+
+    def _locate(self, path: str) -> tuple[Path, str]:
+        """The folder, and the rest of the path inside it."""
         package, _, inside = path.removeprefix(PREFIX).partition("/")
         spec = find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
@@ -35,11 +45,7 @@ class PackageFileHandler(PathHandler):
                 f"'{path}' lies in the package {package!r}, which is not installed: "
                 f"pip install {package.replace('_', '-')}"
             )
-        root = Path(spec.submodule_search_locations[0]).resolve()
-        file = (root / inside).resolve()
-        if not file.is_relative_to(root) or not file.is_file():
-            raise UserError(f"'{path}': the package {package!r} has no file {inside!r}.")
-        return str(file)
+        return Path(spec.submodule_search_locations[0]).resolve(), inside
 
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> Any:
         if "w" in mode or "a" in mode or "+" in mode:

@@ -43,12 +43,14 @@ def add_masks(
         queries = instances.pred_queries
         masks = torch.zeros(len(queries), *instances.image_size, dtype=torch.bool)
         masks = masks.to(queries.device)
-        for first in range(0, len(queries), CHUNK):
-            chunk = queries[first : first + CHUNK]
+        # A query may be there with several classes.
+        distinct, place = queries.unique(return_inverse=True)
+        for first in range(0, len(distinct), CHUNK):
+            chunk = distinct[first : first + CHUNK]
             logits = masks_of(torch.full_like(chunk, index), chunk)
-            masks[first : first + CHUNK] = resize_masks(
-                logits, padded_size, x["image"].shape[-2:], instances.image_size
-            )
+            resized = resize_masks(logits, padded_size, x["image"].shape[-2:], instances.image_size)
+            here = (place >= first) & (place < first + len(chunk))
+            masks[here] = resized[place[here] - first]
         instances.pred_masks = masks
         instances.remove("pred_queries")
 
