@@ -44,7 +44,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # Weight of "no object" in the cross-entropy: most queries have no object.
     detr.NO_OBJECT_WEIGHT = 0.1
 
-    # With MODEL.MASK_ON.
+    # With MODEL.MASK_ON: a pixel of greater probability belongs to the mask.
+    cfg.MODEL.MASK_THRESHOLD = 0.5
     detr.MASK_WEIGHT = 1.0
     detr.DICE_WEIGHT = 1.0
     # Of the masks' logits, in pixels. Below the backbone's finest map, the image itself helps.

@@ -7,11 +7,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, PolygonMasks
 from torch import nn
 
+from detr_d2 import get_detr_cfg
 from detr_d2.errors import UserError
 from detr_d2.losses import dice_mask_loss, focal_mask_loss
 from detr_d2.modeling import segmentation
@@ -92,6 +94,51 @@ def test_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr(segmentation, "CHUNK", 3)
     for ours, theirs in zip(model(inputs), whole, strict=True):
         assert torch.equal(ours["instances"].pred_masks, theirs["instances"].pred_masks)
+
+
+def test_the_config_of_the_original_wrapper():
+    """Its keys, as its segmentation yaml has them."""
+    cfg = get_detr_cfg()
+    old = {
+        "META_ARCHITECTURE": "Detr",
+        "PIXEL_MEAN": [123.675, 116.280, 103.530],
+        "PIXEL_STD": [58.395, 57.120, 57.375],
+        "MASK_ON": True,
+        "MASK_THRESHOLD": 0.5,
+        "RESNETS": {
+            "DEPTH": 50,
+            "STRIDE_IN_1X1": False,
+            "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+        },
+        "DETR": {
+            "GIOU_WEIGHT": 2.0,
+            "L1_WEIGHT": 5.0,
+            "NUM_OBJECT_QUERIES": 100,
+            "FROZEN_WEIGHTS": "",
+        },
+        "DEVICE": "meta",
+    }
+    solver = {"STEPS": (55440,), "OPTIMIZER": "ADAMW", "BACKBONE_MULTIPLIER": 0.1}
+    cfg.merge_from_other_cfg(CfgNode({"MODEL": old, "SOLVER": solver, "VERSION": 2}))
+    cfg.MODEL.DETR.NUM_CLASSES = 80
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert model.neck.in_feature == "res5"
+    assert model.mask_head.in_features == ["res4", "res3", "res2"]
+
+
+def test_the_threshold_is_a_probability():
+    """Sigmoids of 0.269, 0.5 and 0.731."""
+    logits = torch.tensor([[[-1.0, 0.0, 1.0]]])
+    for threshold, expected in (
+        (0.2, [1, 1, 1]),
+        (0.5, [0, 0, 1]),
+        (0.6, [0, 0, 1]),
+        (0.8, [0] * 3),
+    ):
+        masks = resize_masks(logits, (1, 3), (1, 3), (1, 3), threshold)
+        assert masks.tolist() == [[[bool(value) for value in expected]]]
+    assert make_model("MODEL.MASK_THRESHOLD", 0.3).mask_threshold == 0.3
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ dataloader.train.mapper.augmentations.update(
 )
 dataloader.train.update(total_batch_size=16, num_workers=1)
 dataloader.test.dataset.names = ["digit_scenes_val"]
-dataloader.test.mapper.augmentations.update(min_size=128, max_size=224)
+dataloader.test.mapper.augmentations.update(min_size=160, max_size=224)
 dataloader.test.num_workers = 1
 dataloader.evaluator.dataset_name = "digit_scenes_val"
 

@@ -64,7 +64,7 @@ class MaskHead(nn.Module):
         self.k_proj = nn.Linear(hidden_dim, hidden_dim)
         widths = [hidden_dim + num_heads]
         steps = len(self.in_features) + len(self.pixel_strides)
-        widths += [max(hidden_dim // 2 ** (i + 1), 8) for i in range(steps + 1)]
+        widths += [max(hidden_dim // 2 ** (i + 1), 16) for i in range(steps + 1)]
         self.convs = nn.ModuleList(
             nn.Conv2d(width, next_width, kernel_size=3, padding=1)
             for width, next_width in zip([widths[0], *widths[:-1]], widths, strict=True)
@@ -80,6 +80,9 @@ class MaskHead(nn.Module):
         for module in (*self.convs, *self.adapters, self.out):
             nn.init.kaiming_uniform_(module.weight, a=1)
             nn.init.zeros_(module.bias)
+        # An attention map is some thousandths at every place: it has to be heard beside the image.
+        with torch.no_grad():
+            self.convs[0].weight[:, hidden_dim:] *= 100
         for projection in (self.q_proj, self.k_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
@@ -134,19 +137,25 @@ class MaskHead(nn.Module):
 
 
 def resize_masks(
-    logits: Tensor, padded_size: Sequence[int], image_size: Sequence[int], size: Sequence[int]
+    logits: Tensor,
+    padded_size: Sequence[int],
+    image_size: Sequence[int],
+    size: Sequence[int],
+    threshold: float = 0.5,
 ) -> Tensor:
-    """Logits of one image to masks at the size that is asked for, as the original does it.
+    """Logits of one image to masks at the size that is asked for. The original decides at the
+    model's size and enlarges the decision; here what is enlarged is the logits: smoother outlines.
 
     Args:
         logits: (D, H, W).
         padded_size: height and width of the padded batch.
         image_size: of the image in it.
         size: of the result.
+        threshold: a pixel of greater probability belongs to the mask.
 
     Returns:
         (D, *size) bool.
     """
     full = F.interpolate(logits[:, None].float(), size=tuple(padded_size), mode="bilinear")
-    masks = full[:, :, : image_size[0], : image_size[1]] > 0
-    return F.interpolate(masks.to(torch.uint8), size=tuple(size), mode="nearest")[:, 0].bool()
+    image = full[:, :, : image_size[0], : image_size[1]]
+    return F.interpolate(image, size=tuple(size), mode="bilinear")[:, 0].sigmoid() > threshold

@@ -45,6 +45,7 @@ class Detr(nn.Module):
         detections_per_image: int = 100,
         input_format: str = "RGB",
         mask_head: nn.Module | None = None,
+        mask_threshold: float = 0.5,
         panoptic: PanopticMerger | None = None,
         frozen_detector: bool = False,
     ):
@@ -59,6 +60,7 @@ class Detr(nn.Module):
             detections_per_image: at most so many are returned, the best first.
             input_format: channel order of the images that the model is given.
             mask_head: (MaskSource, images, queries) -> mask logits, see mask_head.py.
+            mask_threshold: a pixel of greater probability belongs to the mask.
             panoptic: (mask logits, scores, classes, size) -> `panoptic_seg`.
             frozen_detector: train the mask head alone.
         """
@@ -71,6 +73,7 @@ class Detr(nn.Module):
         self.detections_per_image = detections_per_image
         self.input_format = input_format
         self.mask_head = mask_head
+        self.mask_threshold = mask_threshold
         self.panoptic = panoptic
         self.frozen_detector = frozen_detector
         if frozen_detector:
@@ -87,6 +90,7 @@ class Detr(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "input_format": cfg.INPUT.FORMAT,
+            "mask_threshold": cfg.MODEL.MASK_THRESHOLD,
         }
 
     @property
@@ -126,7 +130,7 @@ class Detr(nn.Module):
         predictions, padded_size = self._predict(batched_inputs, last_only=True)
         results = self.inference(predictions.layers[-1], batched_inputs)
         if predictions.masks is not None:
-            add_masks(results, predictions.masks, batched_inputs, padded_size)
+            add_masks(results, predictions.masks, batched_inputs, padded_size, self.mask_threshold)
         if self.panoptic is not None:
             classification = self.criterion.classification
             add_panoptic(

@@ -36,6 +36,7 @@ def add_masks(
     masks_of: MasksOf,
     batched_inputs: Sequence[dict[str, Any]],
     padded_size: tuple[int, int],
+    threshold: float = 0.5,
 ) -> None:
     """Adds `pred_masks` to detections, in place; takes their `pred_queries` away."""
     for index, (result, x) in enumerate(zip(results, batched_inputs, strict=True)):
@@ -48,7 +49,9 @@ def add_masks(
         for first in range(0, len(distinct), CHUNK):
             chunk = distinct[first : first + CHUNK]
             logits = masks_of(torch.full_like(chunk, index), chunk)
-            resized = resize_masks(logits, padded_size, x["image"].shape[-2:], instances.image_size)
+            resized = resize_masks(
+                logits, padded_size, x["image"].shape[-2:], instances.image_size, threshold
+            )
             here = (place >= first) & (place < first + len(chunk))
             masks[here] = resized[place[here] - first]
         instances.pred_masks = masks
