@@ -78,6 +78,32 @@ def test_the_shared_first_convolution_is_that_of_the_concatenation():
     assert expected.shape[1:] == source.features["res2"].shape[2:]
 
 
+@torch.no_grad()
+def test_attention_falls_off_around_boxes():
+    """A head of rate r sees exp(-r d²) of a place, d being 1 where an ellipse in the box ends."""
+    model, inputs = make_model(variant="fast_tiny").eval(), random_inputs(SIZES)
+    predictions, _ = predictions_of(model, inputs)
+    head, source = model.mask_head, predictions.masks.args[0]
+    images, queries = torch.tensor([0, 1]), torch.tensor([3, 5])
+    height, width = source.memory.level_shapes[0]
+    near = head.attention_maps(source, images, queries)
+    rates, head.fall_off = head.fall_off, None
+    far = head.attention_maps(source, images, queries)
+    for pair in range(2):
+        image = images[pair]
+        cx, cy, w, h = predictions.layers[-1].boxes[image, queries[pair]].tolist()
+        image_height, image_width = SIZES[image]
+        padded_height, padded_width = (max(s[i] for s in SIZES) for i in (0, 1))
+        y = (torch.arange(height) + 0.5)[:, None] / height * padded_height / image_height
+        x = (torch.arange(width) + 0.5) / width * padded_width / image_width
+        squared = ((x - cx) / (w / 2)) ** 2 + ((y - cy) / (h / 2)) ** 2
+        expected = far[pair] * torch.exp(
+            -nn.functional.softplus(rates)[:, None] * squared.flatten()
+        )
+        torch.testing.assert_close(near[pair], expected / expected.sum(), rtol=1e-3, atol=1e-7)
+    assert make_model(variant="detr_tiny").mask_head.fall_off is None
+
+
 @pytest.mark.parametrize(("stride", "side"), [(4, 24), (2, 48), (1, 96)])
 @torch.no_grad()
 def test_finer_strides(stride, side):
@@ -199,7 +225,9 @@ def test_memory_does_not_grow_with_the_detections():
     )
     features = {"res3": torch.randn(1, 16, 100, 168), "res2": torch.randn(1, 8, 200, 334)}
     pixels = torch.zeros(1, 3, 800, 1333)
-    source = MaskSource(memory, memory.tokens, features, pixels, torch.randn(1, 100, 32))
+    source = MaskSource(
+        memory, memory.tokens, features, pixels, torch.randn(1, 100, 32), torch.rand(1, 100, 4)
+    )
 
     class Detected:
         pred_queries = torch.arange(100)

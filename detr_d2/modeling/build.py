@@ -163,7 +163,8 @@ def build_mask_head(cfg: CfgNode, backbone: nn.Module, neck: nn.Module) -> MaskH
             f"MODEL.DETR.MASK_STRIDE is {detr.MASK_STRIDE}; it must be {finest}, the stride of the "
             f"backbone's finest map ({finer[-1]}), or a power of two below it."
         )
-    return MaskHead(detr.HIDDEN_DIM, detr.NHEADS, finer, channels, strides)
+    around_boxes = detr.BOX_HEAD != "absolute"
+    return MaskHead(detr.HIDDEN_DIM, detr.NHEADS, finer, channels, strides, around_boxes)
 
 
 def build_panoptic(cfg: CfgNode) -> PanopticMerger:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..structures import Memory
+from .deformable import token_centres
 
 
 @dataclass
@@ -31,6 +32,8 @@ class MaskSource:
     """(B, 3, H_image, W_image) what the backbone was given"""
     content: Tensor
     """(B, Q, C) of the last decoder layer, as the prediction heads see it"""
+    boxes: Tensor
+    """(B, Q, 4) of that layer, cxcywh, normalised to the image without padding"""
     autocast: torch.dtype | None = None
     """of the rest of the model; losses, which ask for masks, are outside of it"""
 
@@ -46,6 +49,7 @@ class MaskHead(nn.Module):
         in_features: Sequence[str],
         in_channels: Sequence[int],
         pixel_strides: Sequence[int] = (),
+        around_boxes: bool = False,
     ):
         """
         Args:
@@ -55,6 +59,9 @@ class MaskHead(nn.Module):
             in_channels: of each of them.
             pixel_strides: of further steps, beside the image itself; not in the original, for
                 objects with finer outlines than the backbone's maps.
+            around_boxes: attention falls off around a query's box, each head's at a rate of its own
+                (SMCA, Gao et al., 2021, section 3.2). For queries whose content need not know where
+                they are, as their boxes are offsets from references.
         """
         super().__init__()
         self.num_heads = num_heads
@@ -76,6 +83,8 @@ class MaskHead(nn.Module):
             nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
             for (channels, kernel_size), width in zip(sources, widths[1:-1], strict=True)
         )
+        rates = torch.linspace(-2, 2, num_heads)  # softplus: 0.13 to 2.13
+        self.fall_off = nn.Parameter(rates) if around_boxes else None
         self.out = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
         for module in (*self.convs, *self.adapters, self.out):
             nn.init.kaiming_uniform_(module.weight, a=1)
@@ -131,9 +140,20 @@ class MaskHead(nn.Module):
         key = self.k_proj(source.memory.tokens).unflatten(-1, (self.num_heads, -1))
         scale = query.shape[-1] ** -0.5
         scores = torch.einsum("pmc,psmc->pms", query * scale, key[images]).float()
+        if self.fall_off is not None:
+            squared = self._squared_distance(source, images, queries)
+            scores = scores - F.softplus(self.fall_off.float())[:, None] * squared[:, None]
         padding = source.memory.padding[images][:, None]
         scores = scores.masked_fill(padding, float("-inf"))
         return scores.flatten(1).softmax(-1).view_as(scores)
+
+    @staticmethod
+    def _squared_distance(source: MaskSource, images: Tensor, queries: Tensor) -> Tensor:
+        """(P, h*w): squared, from the box's centre; 1 where an ellipse in the box ends."""
+        memory = source.memory
+        places = token_centres(memory.level_shapes, memory.valid_ratios)[images]
+        boxes = source.boxes[images, queries].detach().float()[:, None]
+        return ((places - boxes[..., :2]) / (boxes[..., 2:] / 2).clamp(min=1e-3)).square().sum(-1)
 
 
 def resize_masks(

@@ -170,7 +170,13 @@ class Detr(nn.Module):
                 torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             )
             source = MaskSource(
-                predictions.memory, memory.tokens, features, pixels, predictions.content, autocast
+                predictions.memory,
+                memory.tokens,
+                features,
+                pixels,
+                predictions.content,
+                predictions.layers[-1].boxes,
+                autocast,
             )
             predictions.masks = partial(self.mask_head, source)
         return predictions, tuple(pixels.shape[-2:])
