@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image, ImageFilter
 from torch import nn
@@ -26,7 +27,7 @@ from ..engine.optimizer import build_optimizer
 from ..errors import require_package
 from ..evaluation.coco_metrics import compute_coco_metrics
 from ..model_zoo import get_config
-from ..modeling import build_criterion
+from ..modeling import build_criterion, segmentation
 from ..structures import LayerOutput, Predictions, Target
 from .models import NUM_CLASSES, build_foreign, build_pair, contestants, own_runner, random_inputs
 from .timing import Timing, fitted_exponent, take_turns
@@ -307,6 +308,17 @@ def memory(rounds: int, quick: bool) -> list[Section]:
         "detr_d2, optimised": ("fast", side),
         "detr_d2, optimised, bfloat16": ("bfloat16", side),
     }
+    title = f"Peak memory beyond the loaded model, DETR R50-DC5, 1 x {side}x{side}"
+    masks = {
+        "all masks at once": ("masks at once", side),
+        f"detr_d2, {segmentation.CHUNK} at a time": ("masks", side),
+        "without masks": ("no masks", side),
+    }
+    title_of_masks = f"Peak memory beyond the loaded model, 100 masks, DETR R50, 1 x 800x{side}"
+    return [_peaks(title, runs), _peaks(title_of_masks, masks)]
+
+
+def _peaks(title: str, runs: dict[str, tuple[str, int]]) -> Section:
     context = multiprocessing.get_context("spawn")
     lines = []
     for name, arguments in runs.items():
@@ -318,8 +330,7 @@ def memory(rounds: int, quick: bool) -> list[Section]:
         lines.append((name, peak))
     first = lines[0][1]
     remarks = tuple(f"{name}: {peak:.0f} MiB, {peak / first:.0%}" for name, peak in lines)
-    title = f"Peak memory beyond the loaded model, DETR R50-DC5, 1 x {side}x{side}"
-    return [Section(title, [], {}, remarks)]
+    return Section(title, [], {}, remarks)
 
 
 def _peak(kind: str, side: int, sender: Any) -> None:
@@ -331,6 +342,14 @@ def _peak(kind: str, side: int, sender: Any) -> None:
         def run() -> Any:
             with torch.no_grad():
                 return model(pixel_values=pixels)
+    elif "masks" in kind:
+        if kind == "masks at once":
+            segmentation.CHUNK = 1000
+        cfg = get_config("COCO-PanopticSegmentation/detr_R_50.yaml")
+        cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.DETR.NUM_CLASSES = "cpu", "", NUM_CLASSES
+        cfg.MODEL.DETR.PANOPTIC.ENABLED, cfg.MODEL.MASK_ON = False, kind != "no masks"
+        inputs = random_inputs(1, 800, side)
+        run = own_runner(build_model(cfg).eval(), inputs)
     else:
         ours, _ = build_pair("DETR R50-DC5")
         if kind != "plain":
