@@ -15,8 +15,8 @@ MATCH = $(if $(filter file,$(origin PYTHON)),,--match-python)
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo      set up .venv if it is missing; evaluate a trained DETR, train one, draw pictures'
-	@echo 'make test      the same set-up, then the tests (at most 10 minutes on 2 cores)'
+	@echo 'make demo      set up .venv if it is missing; evaluate a trained DETR, train one from nothing, draw pictures'
+	@echo 'make test      the same set-up, then the tests (about 5 minutes on 2 cores)'
 	@echo 'make test-all  the slow tests too'
 	@echo 'make setup     the set-up alone'
 	@echo 'make lint      check style; make format puts it right'

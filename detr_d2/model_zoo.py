@@ -29,6 +29,7 @@ CHECKPOINTS = {
     "COCO-PanopticSegmentation/detr_R_50_DC5": _OFFICIAL + "detr-r50-dc5-panoptic-da08f1b1.pth",
     "COCO-PanopticSegmentation/detr_R_101": _OFFICIAL + "detr-r101-panoptic-40021d53.pth",
     "DigitScenes/detr_tiny": "detr_d2://DigitScenes/detr_tiny.safetensors",
+    "DigitScenes/fast_small": "detr_d2://DigitScenes/fast_small.safetensors",
 }
 
 

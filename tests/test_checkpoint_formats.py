@@ -8,6 +8,7 @@ import json
 import logging
 import pickle
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from torch import nn
 from detr_d2.checkpoint import convert_checkpoint, load_weights, read_checkpoint, write_checkpoint
 from detr_d2.config import get_detr_cfg
 from detr_d2.errors import UserError
+
+from .helpers import tiny_cfg
 
 WIDTH, QUERIES, CLASSES = 32, 5, 3
 
@@ -489,3 +492,19 @@ def test_class_names_of_huggingface_config(tmp_path):
     )
     torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     assert read_checkpoint(str(tmp_path))["class_names"] == ["cat", "dog"]
+
+
+def test_half_the_size(tmp_path):
+    model = build_model(tiny_cfg())
+    full, half = str(tmp_path / "full.safetensors"), str(tmp_path / "half.safetensors")
+    write_checkpoint(full, model.state_dict())
+    convert_checkpoint(full, half, "own", half=True)
+    assert Path(half).stat().st_size < 0.56 * Path(full).stat().st_size
+    other = build_model(tiny_cfg())
+    load_weights(other, half)
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        assert theirs.dtype == ours.dtype
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-6, msg=name)
+        assert ours.ndim >= 2 or torch.equal(theirs, ours)

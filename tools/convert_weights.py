@@ -19,10 +19,11 @@ def main() -> None:
         "output", help="file; .safetensors, or torch's format with any other ending"
     )
     parser.add_argument("--to", required=True, choices=list(WRITABLE))
+    parser.add_argument("--half", action="store_true", help="matrices as float16, for small files")
     arguments = parser.parse_args()
     setup_logger(name="detr_d2")
     try:
-        convert_checkpoint(arguments.input, arguments.output, arguments.to)
+        convert_checkpoint(arguments.input, arguments.output, arguments.to, arguments.half)
     except UserError as error:
         parser.exit(1, f"{error}\n")
 

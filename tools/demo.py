@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINED = "configs/DigitScenes/detr_tiny.yaml"
+TRAINED = "configs/DigitScenes/fast_small.yaml"
 NEW = "configs/DigitScenes/fast_tiny.yaml"
 
 

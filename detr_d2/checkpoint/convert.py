@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 WRITABLE: dict[str, Format] = {f.key: f for f in (OWN, ORIGINAL, DETECTRON2_WRAPPER, HUGGING_FACE)}
 
 
-def convert_checkpoint(source: str, target: str, to: str) -> None:
+def convert_checkpoint(source: str, target: str, to: str, half: bool = False) -> None:
     """Reads a checkpoint of any format and writes its weights in another.
 
     Args:
         source: see `read_checkpoint`.
         target: file to write; ``.safetensors`` or torch's format by its ending.
         to: a key of `WRITABLE`.
+        half: matrices and filters as float16; vectors, such as the statistics of norms, stay.
 
     Raises:
         UserError: ``source`` cannot be read or is of no known format, ``to`` is not one of
@@ -65,6 +66,8 @@ def convert_checkpoint(source: str, target: str, to: str) -> None:
             f"'{source}' cannot be written as {WRITABLE[to].title}, which has no name for "
             f"{abbreviate(nameless)}."
         )
+    if half:
+        converted = {n: t.half() if t.ndim >= 2 else t for n, t in converted.items()}
     write_checkpoint(
         target,
         converted,

@@ -119,7 +119,7 @@ class MaskHead(nn.Module):
         projected = source.projected.transpose(1, 2).unflatten(-1, (height, width))
         # The first convolution of [projected; maps], whose first part is the same for all queries.
         shared, own = self.convs[0].weight.split((projected.shape[1], self.num_heads), dim=1)
-        x = F.conv2d(projected, shared, self.convs[0].bias, padding=1)[images]
+        x = F.conv2d(projected, shared, self.convs[0].bias, padding=1).index_select(0, images)
         x = x + F.conv2d(maps.to(x.dtype), own.to(x.dtype), padding=1)
         x = self.norms[0](x).relu()
         x = self.norms[1](self.convs[1](x)).relu()
@@ -129,7 +129,9 @@ class MaskHead(nn.Module):
             finer_maps, self.adapters, self.convs[2:], self.norms[2:], strict=True
         ):
             finer = adapter(finer_map)
-            x = finer[images] + F.interpolate(x, size=finer.shape[-2:], mode="nearest")
+            x = finer.index_select(0, images) + F.interpolate(
+                x, size=finer.shape[-2:], mode="nearest"
+            )
             x = norm(convolution(x)).relu()
         return self.out(x).squeeze(1)
 
