@@ -126,7 +126,8 @@ def draw_designs(results: Sequence[Result], path: str | Path) -> None:
     """Writes a picture of AP against minutes of training, a line for each design."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for result in sorted(results, key=lambda r: -r.ap[-1]):
-        axis.plot([0, *result.minutes], [0, *result.ap], "o-", markersize=4, label=result.name)
+        label = f"{result.ap[-1]:.1f}  {result.name}"
+        axis.plot([0, *result.minutes], [0, *result.ap], "o-", markersize=4, label=label)
     axis.set(xlabel="minutes of training", ylabel="AP on the validation set", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
