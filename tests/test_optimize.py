@@ -11,8 +11,14 @@ from torch import nn
 from detr_d2.deploy import optimize_for_inference
 from detr_d2.deploy.fold import fold_batch_norms
 from detr_d2.deploy.optimize import RememberedPositions
-from detr_d2.deploy.pack import PackedConv2d, PackedLinear, is_available
+from detr_d2.deploy.pack import (
+    PackedConv2d,
+    PackedLinear,
+    PackedSelfAttention,
+    is_available,
+)
 from detr_d2.errors import UserError
+from detr_d2.modeling.attention import SelfAttention
 from detr_d2.modeling.position import SinePositionEmbedding
 
 from .helpers import VARIANTS, random_inputs, tiny_cfg
@@ -172,6 +178,24 @@ def test_packed_linear(tokens):
     relu = PackedLinear(linear, torch.float32, "relu")
     torch.testing.assert_close(relu(x), linear(x).relu(), rtol=1e-4, atol=1e-5)
     assert PackedLinear(linear, torch.bfloat16)(x).dtype == torch.bfloat16
+
+
+@needs_onednn
+@torch.no_grad()
+def test_queries_and_keys_are_one_product():
+    fast = optimize_for_inference(build_model(tiny_cfg()))
+    attentions = [m for m in fast.modules() if isinstance(m, PackedSelfAttention)]
+    layers = [*fast.transformer.encoder.layers, *fast.transformer.decoder.layers]
+    assert len(attentions) == len(layers)
+    attention, x = SelfAttention(32, 4), torch.randn(2, 9, 32)
+    nn.init.normal_(attention.q_proj.bias)
+    nn.init.normal_(attention.k_proj.bias)
+    allowed = torch.rand(2, 1, 9, 9) > 0.3
+    allowed |= torch.eye(9, dtype=torch.bool)
+    packed = PackedSelfAttention(attention, torch.float32)
+    for position in (None, torch.randn(2, 9, 32)):
+        expected = attention(x, position, allowed)
+        torch.testing.assert_close(packed(x, position, allowed), expected, rtol=1e-4, atol=1e-5)
 
 
 @needs_onednn

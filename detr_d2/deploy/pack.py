@@ -18,7 +18,15 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..modeling.transformer import FeedForward
+from ..modeling.attention import (
+    MultiHeadAttention,
+    PlainAttention,
+    SelfAttention,
+    scaled_dot_product,
+    split_heads,
+)
+from ..modeling.transformer import EncoderLayer, FeedForward
+from ..structures import Memory, QueryPosition
 
 _OPERATORS = (
     "_convolution_pointwise",
@@ -111,6 +119,44 @@ class PackedFeedForward(nn.Module):
         return self.linear2(self.linear1(x))
 
 
+class PackedSelfAttention(nn.Module):
+    """`SelfAttention` whose queries and keys, of the same tokens, are one matrix product."""
+
+    def __init__(self, attention: MultiHeadAttention, dtype: torch.dtype):
+        super().__init__()
+        self.num_heads = attention.num_heads
+        pair = attention.q_proj, attention.k_proj
+        both = nn.Linear(pair[0].in_features, 2 * pair[0].out_features, device="meta")
+        both.weight = nn.Parameter(torch.cat([projection.weight for projection in pair]))
+        both.bias = nn.Parameter(torch.cat([projection.bias for projection in pair]))
+        self.qk_proj = PackedLinear(both, dtype)
+        self.v_proj = PackedLinear(attention.v_proj, dtype)
+        self.out_proj = PackedLinear(attention.out_proj, dtype)
+
+    def forward(
+        self, content: Tensor, position: Tensor | None, allowed: Tensor | None = None
+    ) -> Tensor:
+        located = content if position is None else content + position
+        projected = *self.qk_proj(located).chunk(2, dim=-1), self.v_proj(content)
+        heads = (split_heads(x, self.num_heads) for x in projected)
+        attended = scaled_dot_product(*heads, allowed, dropout=0.0)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class PackedEncoderAttention(PackedSelfAttention):
+    """`PlainAttention` in the encoder, where the queries are the memory's tokens."""
+
+    def forward(
+        self,
+        content: Tensor,
+        position: QueryPosition,
+        memory: Memory,
+        reference: Tensor | None = None,
+    ) -> Tensor:
+        allowed = ~memory.padding[:, None, None, :]
+        return super().forward(content, position.embedding, allowed)
+
+
 class PackedStem(nn.Module):
     """detectron2's `BasicStem`."""
 
@@ -154,6 +200,8 @@ def pack(module: nn.Module, dtype: torch.dtype) -> None:
         module: in evaluation mode, its batch norms folded.
         dtype: of weights and results, float32 or bfloat16.
     """
+    if isinstance(module, EncoderLayer) and type(module.self_attn) is PlainAttention:
+        module.self_attn = PackedEncoderAttention(module.self_attn, dtype)
     for name, child in module.named_children():
         # A stage's later blocks are fed by the one before, whose output is no map of the backbone.
         is_later = isinstance(module, nn.Sequential) and name != "0"
@@ -169,6 +217,8 @@ def pack(module: nn.Module, dtype: torch.dtype) -> None:
 def _packed(module: nn.Module, dtype: torch.dtype, may_overwrite: bool) -> nn.Module | None:
     if isinstance(module, FeedForward) and isinstance(module.activation, nn.ReLU):
         return PackedFeedForward(module, dtype)
+    if type(module) is SelfAttention:
+        return PackedSelfAttention(module, dtype)
     if type(module) is BasicStem and _is_free(module.conv1):
         return PackedStem(module, dtype)
     if type(module) in (BottleneckBlock, BasicBlock):
