@@ -119,3 +119,10 @@ def test_refusals(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(UserError, match="'onnxscript' is needed here .* pip install onnxscript"):
         export_model(model, tmp_path / "model.onnx")
+
+
+def test_masks_are_not_exported_silently():
+    options = ("MODEL.MASK_ON", True, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4"])
+    model = make_model("detr_tiny", *options, "MODEL.DETR.IN_FEATURES", ["res4"])
+    with pytest.raises(UserError, match="set MODEL.MASK_ON False to export"):
+        ExportableDetr(model)

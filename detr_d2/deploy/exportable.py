@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..box_ops import cxcywh_to_xyxy
+from ..errors import UserError
 from ..modeling.meta_arch import Detr
 from ..modeling.queries import TopKQueries
 from .fold import folded
@@ -26,7 +27,16 @@ class ExportableDetr(nn.Module):
     """
 
     def __init__(self, model: Detr):
+        """
+        Raises:
+            UserError: the model predicts masks.
+        """
         super().__init__()
+        if model.mask_head is not None:
+            raise UserError(
+                "Exported models find boxes only: set MODEL.MASK_ON False to export this detector "
+                "without its masks."
+            )
         model = copy.deepcopy(model).eval().requires_grad_(False)
         self.backbone = folded(model.backbone, model.device)
         self.neck = model.neck
