@@ -128,7 +128,7 @@ def draw_designs(results: Sequence[Result], path: str | Path) -> None:
     for result in sorted(results, key=lambda r: -r.ap[-1]):
         label = f"{result.ap[-1]:.1f}  {result.name}"
         axis.plot([0, *result.minutes], [0, *result.ap], "o-", markersize=4, label=label)
-    axis.set(xlabel="minutes of training", ylabel="AP on the validation set", ylim=(0, None))
+    axis.set(xlabel="minutes of training, on one core", ylabel="AP", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
