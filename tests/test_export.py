@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detr_d2 import export_model, load_exported, optimize_for_inference
-from detr_d2.deploy import export
+from detr_d2.deploy import export, runtime
 from detr_d2.deploy.exportable import ExportableDetr
 from detr_d2.errors import UserError
 
@@ -126,3 +126,28 @@ def test_masks_are_not_exported_silently():
     model = make_model("detr_tiny", *options, "MODEL.DETR.IN_FEATURES", ["res4"])
     with pytest.raises(UserError, match="set MODEL.MASK_ON False to export"):
         ExportableDetr(model)
+
+
+def test_sizes_that_come_again_have_networks_of_their_own(tmp_path, monkeypatch):
+    openvino = pytest.importorskip("openvino")
+    model = make_model("detr_tiny")
+    export_model(model, tmp_path / "model.xml")
+    made = []
+    compile_model = openvino.Core.compile_model
+
+    def recorded(self, network, *arguments):
+        made.append([dimension.is_static for dimension in network.input(0).partial_shape])
+        return compile_model(self, network, *arguments)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", recorded)
+    monkeypatch.setattr(runtime, "MOST_SPECIALISED", 1)
+    fast = load_exported(tmp_path / "model.xml")
+    for sizes in ([(64, 96)], [(80, 64), (64, 96)]) * 5:
+        inputs = random_inputs(sizes)
+        with torch.no_grad():
+            expected = [result["instances"] for result in model(inputs)]
+        for ours, theirs in zip(fast(inputs), expected, strict=True):
+            torch.testing.assert_close(ours["instances"].scores, theirs.scores, atol=1e-4, rtol=0)
+            boxes = ours["instances"].pred_boxes.tensor
+            torch.testing.assert_close(boxes, theirs.pred_boxes.tensor, atol=1e-2, rtol=0)
+    assert made == [[False, True, False, False], [True] * 4]

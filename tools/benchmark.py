@@ -34,12 +34,11 @@ if __name__ == "__main__":
     sections = []
     for job in args.jobs or JOBS:
         try:
-            found = JOBS[job](rounds, args.quick)
+            for section in JOBS[job](rounds, args.quick):
+                print_section(section, ceilings)
+                sections.append(section)
         except UserError as error:
             sys.exit(f"error: {error}")
-        for section in found:
-            print_section(section, ceilings)
-        sections += found
     if args.json:
         write_json(args.json, sections, ceilings)
     if args.picture:

@@ -100,7 +100,11 @@ def own_runner(model: nn.Module, inputs: list[dict[str, Tensor]]) -> Callable:
 
 
 def contestants(
-    model: Detr, foreign: nn.Module | None, inputs: list[dict[str, Tensor]], quick: bool
+    model: Detr,
+    foreign: nn.Module | None,
+    inputs: list[dict[str, Tensor]],
+    quick: bool,
+    compiled: bool,
 ) -> tuple[dict[str, Callable], dict[str, str], dict[str, str]]:
     """What runs on these inputs, a note on the arithmetic of each, and why others do not run."""
     runs, notes, missing = {}, {}, {}
@@ -116,8 +120,9 @@ def contestants(
     notes["detr_d2, optimised, bfloat16"] = "bfloat16"
     if quick:
         return runs, notes, {"others": "not with --quick"}
-    runs["detr_d2, compiled"] = own_runner(optimize_for_inference(model, compile=True), inputs)
-    notes["detr_d2, compiled"] = "float32"
+    if compiled:
+        runs["detr_d2, compiled"] = own_runner(optimize_for_inference(model, compile=True), inputs)
+        notes["detr_d2, compiled"] = "float32"
     with exported(model, missing) as paths:
         for name, path, dtype in paths:
             runs[name] = own_runner(load_exported(path, dtype), inputs)

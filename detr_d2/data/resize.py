@@ -6,6 +6,8 @@ thousand differ by one level of 256, from another order of rounding.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from detectron2.data import transforms as T
@@ -24,9 +26,11 @@ class TensorResizeTransform(T.ResizeTransform):
             return super().apply_image(img, interp)
         if img.shape[:2] == (self.new_h, self.new_w):
             return img
-        # Torch takes no negative strides, which flipped images have, and warns of read-only memory.
-        img = img if min(img.strides) > 0 and img.flags.writeable else img.copy()
-        image = torch.as_tensor(img).permute(2, 0, 1)[None]
+        # A flipped image is a view with a negative stride, which torch does not take.
+        img = np.ascontiguousarray(img) if min(img.strides) < 0 else img
+        with warnings.catch_warnings():  # of read-only memory, which nobody writes to here
+            warnings.simplefilter("ignore", UserWarning)
+            image = torch.from_numpy(img).permute(2, 0, 1)[None]
         size = (self.new_h, self.new_w)
         resized = F.interpolate(image, size=size, mode="bilinear", antialias=True)
         return resized[0].permute(1, 2, 0).numpy()

@@ -6,6 +6,7 @@ Shapes: B images, H and W of the padded batch in pixels, D detections per image.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ..modeling.meta_arch import Detr
 
 # (images (B, 3, H, W), sizes (B, 2)) -> boxes (B, D, 4), scores (B, D), classes (B, D)
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# OpenVINO: how often a size of batches comes before it has a network of its own, and how many have.
+SPECIALISE_AFTER, MOST_SPECIALISED = 3, 8
 
 
 class ExportedDetr(nn.Module):
@@ -117,10 +120,25 @@ def _open_openvino(path: Path, dtype: torch.dtype) -> Run:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    compiled = core.compile_model(model, "CPU", settings)
+    seen: Counter[tuple[int, ...]] = Counter()
+    specialised: dict[tuple[int, ...], Any] = {}
+
+    def compiled_for(shape: tuple[int, ...]) -> Any:
+        """Faster at one size, but a second to make: for sizes that come again and again."""
+        seen[shape] += 1
+        is_common = seen[shape] > SPECIALISE_AFTER and len(specialised) < MOST_SPECIALISED
+        if shape not in specialised and is_common:
+            fixed = model.clone()
+            fixed.reshape({"images": list(shape), "sizes": [shape[0], 2]})
+            specialised[shape] = core.compile_model(fixed, "CPU", settings)
+        return specialised.get(shape, compiled)
 
     def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = compiled([images.numpy(), sizes.numpy()]).values()
+        network = compiled_for(tuple(images.shape))
+        outputs = network([images.numpy(), sizes.numpy()]).values()
         return tuple(torch.from_numpy(np.array(output)) for output in outputs)
 
     return run
