@@ -37,7 +37,7 @@ def average_precision(output: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=2200, help="length of the training")
+    parser.add_argument("--iterations", type=int, default=2000, help="length of the training")
     parser.add_argument("--output", default="output/demo", help="folder for everything written")
     args = parser.parse_args()
     trained, new = f"{args.output}/trained", f"{args.output}/new"
