@@ -52,7 +52,9 @@ def test_every_design_has_the_same_time(train_net, tmp_path):
     assert [r.iterations for r in results] == pytest.approx([12000, 4000], rel=0.3)
     for result in results:
         assert result.minutes == pytest.approx([0.5, 1.0, 1.5, 2.0], rel=0.01)
-        assert result.ap == pytest.approx([10, 20, 30, 40], rel=0.01) and result.ap50[-1] == 60
+        assert result.ap == pytest.approx([10, 20, 30, 40], rel=0.01) and result.ap50[
+            -1
+        ] == pytest.approx(60, rel=0.01)
         assert result.parameters == 2.5
     arguments = json.loads((tmp_path / "out" / "s1" / "arguments.json").read_text())
     assert arguments["SOLVER.LR_SCHEDULER_NAME"] == "WarmupCosineLR"

@@ -217,7 +217,7 @@ def test_images_of_one_size_do_not_see_each_other(model):
 def test_default_predictor(input_format):
     """detectron2's predictor takes BGR arrays and turns them round where the model wants RGB."""
     torch.manual_seed(0)
-    predictor = DefaultPredictor(tiny_cfg("INPUT.FORMAT", input_format))
+    predictor = DefaultPredictor(tiny_cfg("INPUT.FORMAT", input_format, "INPUT.MIN_SIZE_TEST", 128))
     # The shorter side already has MIN_SIZE_TEST pixels: nothing is resized.
     image = np.random.default_rng(0).integers(0, 256, (128, 160, 3), dtype=np.uint8)
     instances = predictor(image)["instances"]
