@@ -26,6 +26,7 @@ from .digit_scenes import (
     data_set_folder,
     generate_digit_scenes,
     photograph_behind,
+    register_split,
 )
 from .segments import id_to_rgb
 
@@ -89,8 +90,6 @@ def _write_pictures(content: dict[str, Any], split: str, folder: Path) -> list[d
 
 def register_digit_panoptic(root: str | None = None) -> None:
     """Registers both splits, which are made when first loaded; `root` as for the scenes."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     folder = data_set_folder(root)
     names = [*CLASSES, *STUFF_CLASSES]
 
@@ -120,14 +119,11 @@ def register_digit_panoptic(root: str | None = None) -> None:
         return dicts
 
     for split in SPLITS:
-        name = f"digit_scenes_{split}_panoptic"
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, partial(load, split))
-        MetadataCatalog.get(name).set(
-            json_file=os.path.join(folder, f"{split}.json"),
-            image_root=os.path.join(folder, split),
+        register_split(
+            f"digit_scenes_{split}_panoptic",
+            partial(load, split),
+            folder=folder,
+            split=split,
             panoptic_json=os.path.join(folder, f"{split}_panoptic.json"),
             panoptic_root=os.path.join(folder, f"{split}_panoptic"),
             evaluator_type="coco_panoptic_seg",

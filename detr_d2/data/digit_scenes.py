@@ -14,9 +14,11 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -384,6 +386,20 @@ def data_set_folder(root: str | None) -> str:
     return os.path.join(root, f"digit_scenes_v{VERSION}")
 
 
+def register_split(
+    name: str, load: Callable[[], list[dict]], *, folder: str, split: str, **metadata: Any
+) -> None:
+    """Registers a data set on the scenes of a split, in place of an earlier one of that name."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, load)
+    json_file, image_root = os.path.join(folder, f"{split}.json"), os.path.join(folder, split)
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=image_root, **metadata)
+
+
 def register_digit_scenes(root: str | None = None) -> None:
     """Registers `digit_scenes_train` and `digit_scenes_val`, which are made when first loaded.
 
@@ -391,7 +407,6 @@ def register_digit_scenes(root: str | None = None) -> None:
         root: folder of data sets, by default $DETECTRON2_DATASETS or else `datasets`. A second call
             moves both names to its root.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets import load_coco_json
 
     folder = data_set_folder(root)
@@ -402,14 +417,11 @@ def register_digit_scenes(root: str | None = None) -> None:
         return load_coco_json(json_file, image_root, f"digit_scenes_{split}", ["id"])
 
     for split in SPLITS:
-        name = f"digit_scenes_{split}"
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, partial(load, split))
-        MetadataCatalog.get(name).set(
-            json_file=os.path.join(folder, f"{split}.json"),
-            image_root=os.path.join(folder, split),
+        register_split(
+            f"digit_scenes_{split}",
+            partial(load, split),
+            folder=folder,
+            split=split,
             evaluator_type="coco",
             thing_classes=list(CLASSES),
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CLASSES))},
