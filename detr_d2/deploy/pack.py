@@ -18,15 +18,8 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, Bottlenec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..modeling.attention import (
-    MultiHeadAttention,
-    PlainAttention,
-    SelfAttention,
-    scaled_dot_product,
-    split_heads,
-)
+from ..modeling.attention import MultiHeadAttention, PlainAttention, SelfAttention
 from ..modeling.transformer import EncoderLayer, FeedForward
-from ..structures import Memory, QueryPosition
 
 _OPERATORS = (
     "_convolution_pointwise",
@@ -119,12 +112,12 @@ class PackedFeedForward(nn.Module):
         return self.linear2(self.linear1(x))
 
 
-class PackedSelfAttention(nn.Module):
-    """`SelfAttention` whose queries and keys, of the same tokens, are one matrix product."""
+class _OneProjection(MultiHeadAttention):
+    """Attention whose queries and keys are the same: one matrix product makes both."""
 
     def __init__(self, attention: MultiHeadAttention, dtype: torch.dtype):
-        super().__init__()
-        self.num_heads = attention.num_heads
+        nn.Module.__init__(self)
+        self.num_heads, self.dropout = attention.num_heads, 0.0
         pair = attention.q_proj, attention.k_proj
         both = nn.Linear(pair[0].in_features, 2 * pair[0].out_features, device="meta")
         both.weight = nn.Parameter(torch.cat([projection.weight for projection in pair]))
@@ -133,28 +126,16 @@ class PackedSelfAttention(nn.Module):
         self.v_proj = PackedLinear(attention.v_proj, dtype)
         self.out_proj = PackedLinear(attention.out_proj, dtype)
 
-    def forward(
-        self, content: Tensor, position: Tensor | None, allowed: Tensor | None = None
-    ) -> Tensor:
-        located = content if position is None else content + position
-        projected = *self.qk_proj(located).chunk(2, dim=-1), self.v_proj(content)
-        heads = (split_heads(x, self.num_heads) for x in projected)
-        attended = scaled_dot_product(*heads, allowed, dropout=0.0)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.qk_proj(query).chunk(2, dim=-1), self.v_proj(value)
 
 
-class PackedEncoderAttention(PackedSelfAttention):
+class PackedSelfAttention(_OneProjection, SelfAttention):
+    """`SelfAttention`, of the decoder's queries."""
+
+
+class PackedEncoderAttention(_OneProjection, PlainAttention):
     """`PlainAttention` in the encoder, where the queries are the memory's tokens."""
-
-    def forward(
-        self,
-        content: Tensor,
-        position: QueryPosition,
-        memory: Memory,
-        reference: Tensor | None = None,
-    ) -> Tensor:
-        allowed = ~memory.padding[:, None, None, :]
-        return super().forward(content, position.embedding, allowed)
 
 
 class PackedStem(nn.Module):

@@ -54,14 +54,15 @@ class MultiHeadAttention(nn.Module):
         Returns:
             (B, Q, C)
         """
-        attended = scaled_dot_product(
-            split_heads(self.q_proj(query), self.num_heads),
-            split_heads(self.k_proj(key), self.num_heads),
-            split_heads(self.v_proj(value), self.num_heads),
-            allowed,
-            self.dropout if self.training else 0.0,
-        )
+        projected = self.project(query, key, value)
+        heads = (split_heads(x, self.num_heads) for x in projected)
+        dropout = self.dropout if self.training else 0.0
+        attended = scaled_dot_product(*heads, allowed, dropout)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of `attend` -> (B, Q, C), (B, S, C), (B, S, C)"""
+        return self.q_proj(query), self.k_proj(key), self.v_proj(value)
 
 
 def scaled_dot_product(
