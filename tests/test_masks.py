@@ -412,7 +412,10 @@ def test_merging_by_hand():
     logits[3, 0, 3] = 9.0  # a thing of one pixel
     logits[4] = 20.0
     scores = torch.tensor([0.9, 0.8, 0.7, 0.9, 0.4])
-    segments, info = merger(logits, scores, torch.tensor([0, 2, 2, 1, 1]), (4, 4))
+    kept = merger.candidates(scores)
+    assert kept.tolist() == [0, 1, 2, 3]
+    classes = torch.tensor([0, 2, 2, 1, 1])
+    segments, info = merger(logits[kept], scores[kept], classes[kept], (4, 4))
     assert [(s["category_id"], s["isthing"], s["area"]) for s in info][0] == (0, True, 4)
     assert {s["category_id"] for s in info} == {0, 2}
     assert sum(s["area"] for s in info) == 16

@@ -35,12 +35,16 @@ class PanopticMerger:
         self.score_threshold = score_threshold
         self.min_area = min_area
 
+    def candidates(self, scores: Tensor) -> Tensor:
+        """(Q,) -> (S,) int64, the queries whose masks are wanted."""
+        return (scores > self.score_threshold).nonzero()[:, 0]
+
     def __call__(
         self, logits: Tensor, scores: Tensor, classes: Tensor, size: Sequence[int]
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """
         Args:
-            logits: (S, H', W') of the candidate queries' masks, at the image's size or a part.
+            logits: (S, H', W') masks of the `candidates`, at the size that the model saw.
             scores, classes: (S,).
             size: H, W of the result.
 
@@ -49,8 +53,6 @@ class PanopticMerger:
             (0 where there is none), and for each id a dictionary of "id", "isthing",
             "category_id", "score" and "area".
         """
-        kept = scores > self.score_threshold
-        logits, scores, classes = logits[kept], scores[kept], classes[kept]
         # The original decides at the size that the model saw, and enlarges the decision.
         while len(logits):
             winners = self._merge_stuff(logits.argmax(0), classes)

@@ -69,7 +69,7 @@ def add_panoptic(
     """Adds `panoptic_seg` to the results, in place."""
     scores, classes = classification.best(predictions.layers[-1].logits.float())
     for index, (result, x) in enumerate(zip(results, batched_inputs, strict=True)):
-        queries = (scores[index] > merger.score_threshold).nonzero()[:, 0]
+        queries = merger.candidates(scores[index])
         height, width = x["image"].shape[-2:]
         logits = torch.cat(
             [
