@@ -9,7 +9,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
-from ..modeling.frozen_norm import following_norms, unfold_frozen_norms
+from ..modeling.frozen_norm import following_norms, scale_and_shift, unfold_frozen_norms
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ def fold_batch_norms(module: nn.Module, example: Tensor) -> int:
 
 @torch.no_grad()
 def _fold(convolution: nn.Conv2d, norm: nn.Module) -> None:
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    shift = norm.bias - norm.running_mean * scale
+    scale, shift = scale_and_shift(norm)
     weight = convolution.weight * scale[:, None, None, None]
     bias = shift if convolution.bias is None else shift + convolution.bias * scale
     convolution.weight = nn.Parameter(weight, requires_grad=False)

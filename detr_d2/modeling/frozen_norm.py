@@ -25,12 +25,12 @@ class _Folding:
 
     @property
     def weight(self) -> Tensor:
-        scale, _ = _scale_and_shift(self.__dict__["_frozen_norm"])
+        scale, _ = scale_and_shift(self.__dict__["_frozen_norm"])
         return self._parameters["weight"] * scale[:, None, None, None]
 
     @property
     def bias(self) -> Tensor:
-        scale, shift = _scale_and_shift(self.__dict__["_frozen_norm"])
+        scale, shift = scale_and_shift(self.__dict__["_frozen_norm"])
         bias = self._parameters["bias"]
         return shift if bias is None else shift + bias * scale
 
@@ -139,8 +139,8 @@ def _tensor_names(module: nn.Module) -> set[str]:
     return {name for name, _ in tensors}
 
 
-def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """(O,), (O,)"""
+def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """What a batch norm with constant statistics does to each channel: (O,), (O,)."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return scale, norm.bias - norm.running_mean * scale
 
