@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import resource
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image, ImageFilter
 from torch import nn
@@ -28,21 +23,19 @@ from ..engine.optimizer import build_optimizer
 from ..errors import require_package
 from ..evaluation.coco_metrics import compute_coco_metrics
 from ..model_zoo import get_config
-from ..modeling import build_criterion, segmentation
+from ..modeling import build_criterion
 from ..structures import LayerOutput, Predictions, Target
-from .models import NUM_CLASSES, build_foreign, build_pair, contestants, own_runner, random_inputs
-from .timing import Timing, fitted_exponent, take_turns
-
-
-class Section(NamedTuple):
-    """One table of the report."""
-
-    title: str
-    timings: list[Timing]
-    options: dict[str, Any] = {}
-    """further arguments of `timing.table`"""
-    remarks: tuple[str, ...] = ()
-
+from .memory import memory
+from .models import (
+    NUM_CLASSES,
+    build_foreign,
+    build_pair,
+    contestants,
+    foreign_runner,
+    own_runner,
+    random_inputs,
+)
+from .timing import Section, fitted_exponent, take_turns
 
 # GFLOP of one image, counted with fvcore at the size that is measured.
 WORK = {("DETR R50", 800, 1066): 172.0}
@@ -59,6 +52,11 @@ def inference(rounds: int, quick: bool) -> Iterator[Section]:
         # TorchInductor writes kernels for deformable attention for more than ten minutes.
         compiled = not quick and name.startswith("DETR")
         runs, notes, missing = contestants(model, foreign, inputs, quick, compiled)
+        if foreign is None:  # transformers has no DINO: its nearest relative there
+            relative = build_foreign("DeformableDetr")
+            name_of_relative = "transformers' Deformable DETR"
+            runs = {name_of_relative: foreign_runner(relative, inputs, model), **runs}
+            notes[name_of_relative] = "float32"
         timings = take_turns(runs, rounds, warmup=2 if quick else 4, notes=notes)
         work = WORK.get((name, height, width))
         yield Section(
@@ -295,81 +293,6 @@ def evaluation(rounds: int, quick: bool) -> list[Section]:
     same = len({str(summary) for summary in summaries.values()}) == 1
     remark = f"All 12 numbers are {'equal' if same else 'NOT EQUAL'}."
     return [Section(f"Evaluation of {count} images x 100 detections", timings, {}, (remark,))]
-
-
-def memory(rounds: int, quick: bool) -> list[Section]:
-    """Peak memory of one forward pass, each in a process of its own."""
-    side = 640 if quick else 1333
-    runs = {
-        "transformers, eager attention": ("eager", side),
-        "transformers": ("sdpa", side),
-        "detr_d2": ("plain", side),
-        "detr_d2, optimised": ("fast", side),
-        "detr_d2, optimised, bfloat16": ("bfloat16", side),
-    }
-    title = f"Peak memory beyond the loaded model, DETR R50-DC5, 1 x {side}x{side}"
-    masks = {
-        "all masks at once": ("masks at once", side),
-        f"detr_d2, {segmentation.CHUNK} at a time": ("masks", side),
-        "without masks": ("no masks", side),
-    }
-    title_of_masks = f"Peak memory beyond the loaded model, 100 masks, DETR R50, 1 x 800x{side}"
-    return [_peaks(title, runs), _peaks(title_of_masks, masks)]
-
-
-def _peaks(title: str, runs: dict[str, tuple[str, int]]) -> Section:
-    context = multiprocessing.get_context("spawn")
-    lines = []
-    for name, arguments in runs.items():
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_peak, args=(*arguments, sender))
-        process.start()
-        peak = receiver.recv()
-        process.join()
-        lines.append((name, peak))
-    first = lines[0][1]
-    remarks = tuple(f"{name}: {peak:.0f} MiB, {peak / first:.0%}" for name, peak in lines)
-    return Section(title, [], {}, remarks)
-
-
-def _peak(kind: str, side: int, sender: Any) -> None:
-    inputs = random_inputs(1, side, side)
-    if kind in ("eager", "sdpa"):
-        model = build_foreign("Detr", dilation=True, attn_implementation=kind)
-        pixels = torch.stack([x["image"] for x in inputs]).float() / 255
-
-        def run() -> Any:
-            with torch.no_grad():
-                return model(pixel_values=pixels)
-    elif "masks" in kind:
-        if kind == "masks at once":
-            segmentation.CHUNK = 1000
-        cfg = get_config("COCO-PanopticSegmentation/detr_R_50.yaml")
-        cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.DETR.NUM_CLASSES = "cpu", "", NUM_CLASSES
-        cfg.MODEL.DETR.PANOPTIC.ENABLED, cfg.MODEL.MASK_ON = False, kind != "no masks"
-        inputs = random_inputs(1, 800, side)
-        run = own_runner(build_model(cfg).eval(), inputs)
-    else:
-        ours, _ = build_pair("DETR R50-DC5")
-        if kind != "plain":
-            ours = optimize_for_inference(ours, "bfloat16" if kind == "bfloat16" else "float32")
-        run = own_runner(ours, inputs)
-    # Loading may have taken more than there is now.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _maximum()
-    run()
-    sender.send(_maximum() - before)
-
-
-def _maximum() -> float:
-    """MiB that this process ever held."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count the parent's memory
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def growth(rounds: int, quick: bool) -> list[Section]:

@@ -11,8 +11,7 @@ from statistics import median
 import matplotlib.pyplot as plt
 import torch
 
-from .jobs import Section
-from .timing import Timing, ratios, table
+from .timing import Section, Timing, ratios, table
 
 
 def machine() -> str:

@@ -26,6 +26,16 @@ class Timing(NamedTuple):
         return median(self.seconds)
 
 
+class Section(NamedTuple):
+    """One table of the report."""
+
+    title: str
+    timings: list[Timing]
+    options: dict[str, Any] = {}
+    """further arguments of `table`"""
+    remarks: tuple[str, ...] = ()
+
+
 def take_turns(
     contestants: Mapping[str, Work], rounds: int, warmup: int = 1, notes: Mapping[str, str] = {}
 ) -> list[Timing]:
