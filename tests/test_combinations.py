@@ -104,7 +104,10 @@ NAMED = {
         "dino_tiny",
         {"ENCODER_ATTENTION": "plain", "CROSS_ATTENTION": "plain"},
     ),
-    "top-k queries with conditional attention": ("fast_tiny", {}),
+    "top-k queries with conditional attention": (
+        "fast_tiny",
+        {"CROSS_ATTENTION": "conditional", "QUERY_POSITION": "modulated"},
+    ),
     "look forward twice from points": ("deformable_tiny", {"REFINEMENT": "look_forward_twice"}),
     "look forward twice in Deformable DETR": (
         "deformable_two_stage_tiny",
@@ -113,7 +116,7 @@ NAMED = {
     "five scales": ("dino_tiny", {"NUM_FEATURE_LEVELS": 5}),
     "all scales with plain attention": (
         "fast_tiny",
-        {"NECK": "multi_scale", "NUM_FEATURE_LEVELS": 2},
+        {"NECK": "multi_scale", "NUM_FEATURE_LEVELS": 2, "CROSS_ATTENTION": "plain"},
     ),
 }
 
