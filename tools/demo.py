@@ -37,9 +37,10 @@ def average_precision(output: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=2000, help="length of the training")
+    parser.add_argument("--iterations", type=int, help="of the training; default: the config's")
     parser.add_argument("--output", default="output/demo", help="folder for everything written")
     args = parser.parse_args()
+    length = f"SOLVER.MAX_ITER {args.iterations}" if args.iterations else ""
     trained, new = f"{args.output}/trained", f"{args.output}/new"
 
     seconds = step(
@@ -54,7 +55,7 @@ def main() -> None:
     training_seconds = step(
         "A DETR that learns, from nothing",
         f"python tools/train_net.py --config-file {NEW} OUTPUT_DIR {new} "
-        f"SOLVER.MAX_ITER {args.iterations} SOLVER.CHECKPOINT_PERIOD 100000",
+        f"SOLVER.CHECKPOINT_PERIOD 100000 {length}",
     )
     step(
         "What it finds now",

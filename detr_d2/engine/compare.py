@@ -103,8 +103,18 @@ def train(train_net: str, config: str, folder: Path, iterations: int, period: in
 
 
 def seconds_per_iteration(train_net: str, config: str, folder: Path) -> float:
+    """Of CPU time.
+
+    Raises:
+        UserError: this system does not tell it.
+    """
     short = train(train_net, config, folder / "short", SHORT_PROBE, 0)
     long = train(train_net, config, folder / "long", LONG_PROBE, 0)
+    if long <= short:
+        raise UserError(
+            f"{LONG_PROBE} iterations of {config} took no more CPU time than {SHORT_PROBE} "
+            f"({long:.1f} and {short:.1f} s): this system does not tell it of child processes."
+        )
     return (long - short) / (LONG_PROBE - SHORT_PROBE)
 
 
