@@ -79,6 +79,22 @@ def test_the_shared_first_convolution_is_that_of_the_concatenation():
 
 
 @torch.no_grad()
+def test_maps_are_heard_beside_the_image_from_the_start():
+    """Queries of one image have different masks; with maps of some thousandths they hardly had."""
+    model, inputs = make_model().eval(), random_inputs([(256, 256)])
+    predictions, _ = predictions_of(model, inputs)
+    head, source = model.mask_head, predictions.masks.args[0]
+    queries = torch.arange(source.content.shape[1])
+    maps = head.attention_maps(source, torch.zeros_like(queries), queries)
+    side = source.memory.level_shapes[0]
+    shared, own = head.convs[0].weight.split((source.projected.shape[-1], head.num_heads), dim=1)
+    image = source.projected.transpose(1, 2).unflatten(-1, side)
+    of_image = nn.functional.conv2d(image, shared, padding=1).std()
+    of_maps = nn.functional.conv2d(maps.unflatten(-1, side), own, padding=1).std()
+    assert 0.01 < of_maps / of_image < 10
+
+
+@torch.no_grad()
 def test_attention_falls_off_around_boxes():
     """A head of rate r sees exp(-r d²) of a place, d being 1 where an ellipse in the box ends."""
     model, inputs = make_model(variant="fast_tiny").eval(), random_inputs(SIZES)
