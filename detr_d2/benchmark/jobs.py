@@ -11,11 +11,9 @@ import numpy as np
 import torch
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
-from detectron2.structures import Boxes, Instances
 from PIL import Image, ImageFilter
 from torch import nn
 
-from ..box_ops import cxcywh_to_xyxy
 from ..data import DetrDatasetMapper
 from ..data.dataset_mapper import build_augmentation
 from ..deploy import optimize_for_inference
@@ -24,7 +22,7 @@ from ..errors import require_package
 from ..evaluation.coco_metrics import compute_coco_metrics
 from ..model_zoo import get_config
 from ..modeling import build_criterion
-from ..structures import LayerOutput, Predictions, Target
+from ..structures import LayerOutput, Predictions
 from .memory import memory
 from .models import (
     NUM_CLASSES,
@@ -34,6 +32,8 @@ from .models import (
     foreign_runner,
     own_runner,
     random_inputs,
+    random_targets,
+    with_objects,
 )
 from .timing import Section, fitted_exponent, take_turns
 
@@ -93,26 +93,12 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a.float() - b.float()).abs().max().item()
 
 
-def random_targets(counts: list[int], seed: int = 0) -> list[Target]:
-    generator = torch.Generator().manual_seed(seed)
-    targets = []
-    for count in counts:
-        size = 0.1 + 0.4 * torch.rand(count, 2, generator=generator)
-        centre = size / 2 + (1 - size) * torch.rand(count, 2, generator=generator)
-        classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
-        targets.append(Target(classes, torch.cat((centre, size), 1)))
-    return targets
-
-
 def training(rounds: int, quick: bool) -> list[Section]:
     """A whole step: forward, losses of all layers, backward, clipping, AdamW."""
     model, foreign = build_pair("DETR R50")
     foreign.config.auxiliary_loss = True
-    inputs, targets = random_inputs(2, 512, 640), random_targets([7, 7])
-    for x, target in zip(inputs, targets, strict=True):
-        x["instances"] = Instances((512, 640))
-        corners = cxcywh_to_xyxy(target.boxes) * torch.tensor([640, 512, 640, 512])
-        x["instances"].gt_boxes, x["instances"].gt_classes = Boxes(corners), target.classes
+    targets = random_targets([7, 7])
+    inputs = with_objects(random_inputs(2, 512, 640), targets)
     labels = [{"class_labels": t.classes, "boxes": t.boxes} for t in targets]
     images = torch.stack([x["image"] for x in inputs])
     pixels = (images - model.pixel_mean) / model.pixel_std

@@ -1,4 +1,4 @@
-"""Peak memory of forward passes, each in a process of its own."""
+"""Peak memory of forward passes and training steps, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ import contextlib
 import multiprocessing
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.modeling import build_model
 
 from ..deploy import optimize_for_inference
 from ..model_zoo import get_config
 from ..modeling import segmentation
-from .models import NUM_CLASSES, build_foreign, build_pair, own_runner, random_inputs
+from .models import (
+    NUM_CLASSES,
+    build_foreign,
+    build_pair,
+    foreign_runner,
+    own_runner,
+    random_inputs,
+    random_targets,
+    with_objects,
+)
 from .timing import Section
 
 
 def memory(rounds: int, quick: bool) -> list[Section]:
-    """Peak memory of one forward pass, each in a process of its own."""
+    """Beyond the loaded model: a forward pass, masks, a training step."""
     side = 640 if quick else 1333
     runs = {
         "transformers, eager attention": ("eager", side),
@@ -36,7 +45,18 @@ def memory(rounds: int, quick: bool) -> list[Section]:
         "without masks": ("no masks", side),
     }
     title_of_masks = f"Peak memory beyond the loaded model, 100 masks, DETR R50, 1 x 800x{side}"
-    return [_peaks(title, runs), _peaks(title_of_masks, masks)]
+    training = {
+        "everything is kept": ("train", side),
+        "ACTIVATION_CHECKPOINTING [encoder]": ("train encoder", side),
+        "ACTIVATION_CHECKPOINTING [backbone]": ("train backbone", side),
+        "ACTIVATION_CHECKPOINTING [backbone, encoder]": ("train backbone encoder", side),
+    }
+    title_of_training = f"Peak memory beyond the loaded model, training, DETR R50, 1 x 800x{side}"
+    return [
+        _peaks(title, runs),
+        _peaks(title_of_masks, masks),
+        _peaks(title_of_training, training),
+    ]
 
 
 def _peaks(title: str, runs: dict[str, tuple[str, int]]) -> Section:
@@ -55,33 +75,39 @@ def _peaks(title: str, runs: dict[str, tuple[str, int]]) -> Section:
 
 
 def _peak(kind: str, side: int, sender: Any) -> None:
-    inputs = random_inputs(1, side, side)
-    if kind in ("eager", "sdpa"):
-        model = build_foreign("Detr", dilation=True, attn_implementation=kind)
-        pixels = torch.stack([x["image"] for x in inputs]).float() / 255
-
-        def run() -> Any:
-            with torch.no_grad():
-                return model(pixel_values=pixels)
-    elif "masks" in kind:
-        if kind == "masks at once":
-            segmentation.CHUNK = 1000
-        cfg = get_config("COCO-PanopticSegmentation/detr_R_50.yaml")
-        cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.DETR.NUM_CLASSES = "cpu", "", NUM_CLASSES
-        cfg.MODEL.DETR.PANOPTIC.ENABLED, cfg.MODEL.MASK_ON = False, kind != "no masks"
-        inputs = random_inputs(1, 800, side)
-        run = own_runner(build_model(cfg).eval(), inputs)
-    else:
-        ours, _ = build_pair("DETR R50-DC5")
-        if kind != "plain":
-            ours = optimize_for_inference(ours, "bfloat16" if kind == "bfloat16" else "float32")
-        run = own_runner(ours, inputs)
+    run = _runner(kind, side)
     # Loading may have taken more than there is now.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     before = _maximum()
     run()
     sender.send(_maximum() - before)
+
+
+def _runner(kind: str, side: int) -> Callable:
+    if kind in ("eager", "sdpa"):
+        model = build_foreign("Detr", dilation=True, attn_implementation=kind)
+        ours, _ = build_pair("DETR R50-DC5")
+        return foreign_runner(model, random_inputs(1, side, side), ours)
+    if kind in ("plain", "fast", "bfloat16"):
+        ours, _ = build_pair("DETR R50-DC5")
+        if kind != "plain":
+            ours = optimize_for_inference(ours, "bfloat16" if kind == "bfloat16" else "float32")
+        return own_runner(ours, random_inputs(1, side, side))
+    name, *parts = kind.split()
+    is_training = name == "train"
+    config = "Detection/detr_R_50_500ep" if is_training else "PanopticSegmentation/detr_R_50"
+    cfg = get_config(f"COCO-{config}.yaml")
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.MODEL.DETR.NUM_CLASSES = "cpu", "", NUM_CLASSES
+    inputs = random_inputs(1, 800, side)
+    if is_training:
+        cfg.MODEL.ACTIVATION_CHECKPOINTING = parts
+        model = build_model(cfg).train()
+        inputs = with_objects(inputs, random_targets([7]))
+        return lambda: sum(model(inputs).values()).backward()
+    segmentation.CHUNK = 1000 if kind == "masks at once" else segmentation.CHUNK
+    cfg.MODEL.DETR.PANOPTIC.ENABLED, cfg.MODEL.MASK_ON = False, kind != "no masks"
+    return own_runner(build_model(cfg).eval(), inputs)
 
 
 def _maximum() -> float:

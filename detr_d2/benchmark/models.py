@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from ..box_ops import cxcywh_to_xyxy
 from ..checkpoint import load_weights
 from ..deploy import load_exported, optimize_for_inference
 from ..deploy.export import write
@@ -19,6 +21,7 @@ from ..deploy.exportable import ExportableDetr
 from ..errors import require_package
 from ..model_zoo import get_config
 from ..modeling.meta_arch import Detr
+from ..structures import Target
 
 # name -> config, class of transformers, its options
 PAIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -76,6 +79,31 @@ def random_inputs(batch: int, height: int, width: int) -> list[dict[str, Tensor]
         {"image": torch.randint(256, size, generator=generator, dtype=torch.uint8)}
         for _ in range(batch)
     ]
+
+
+def random_targets(counts: list[int], seed: int = 0) -> list[Target]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = []
+    for count in counts:
+        size = 0.1 + 0.4 * torch.rand(count, 2, generator=generator)
+        centre = size / 2 + (1 - size) * torch.rand(count, 2, generator=generator)
+        classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
+        targets.append(Target(classes, torch.cat((centre, size), 1)))
+    return targets
+
+
+def with_objects(
+    inputs: Sequence[dict[str, Any]], targets: Sequence[Target]
+) -> list[dict[str, Any]]:
+    """Images with ground truth in detectron2's format."""
+    results = []
+    for x, target in zip(inputs, targets, strict=True):
+        height, width = x["image"].shape[-2:]
+        instances = Instances((height, width))
+        corners = cxcywh_to_xyxy(target.boxes) * torch.tensor([width, height, width, height])
+        instances.gt_boxes, instances.gt_classes = Boxes(corners), target.classes
+        results.append({**x, "instances": instances})
+    return results
 
 
 def foreign_runner(model: nn.Module, inputs: list[dict[str, Tensor]], like: Detr) -> Callable:
