@@ -6,7 +6,13 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from detr_d2.errors import UserError
-from detr_d2.modeling.attention import MultiHeadAttention, PlainAttention, SelfAttention
+from detr_d2.modeling.attention import (
+    MultiHeadAttention,
+    PlainAttention,
+    SelfAttention,
+    attention_in_parts,
+    scaled_dot_product,
+)
 from detr_d2.structures import Memory, QueryPosition
 
 C, HEADS = 16, 4
@@ -136,3 +142,40 @@ def test_initial_values_are_those_of_one_fused_projection():
 def test_heads_must_divide_the_width():
     with pytest.raises(UserError, match=r"HIDDEN_DIM \(10\) must be divisible by .*NHEADS \(4\)"):
         MultiHeadAttention(10, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_attention_in_parts(rows):
+    """Against PyTorch's; the last part is smaller."""
+    query, key, value = (torch.randn(2, HEADS, n, 4, dtype=torch.float64) for n in (7, 5, 5))
+    allowed = torch.rand(2, 1, rows, 5) > 0.4
+    allowed[..., 0] = True
+    for mask in (None, allowed, allowed[0, 0]):
+        expected = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        for queries in (3, 256):
+            actual = attention_in_parts(query, key, value, mask, queries)
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@torch.no_grad()
+def test_bfloat16_on_cpus_is_computed_in_parts(with_mask, monkeypatch):
+    query, key, value = (torch.randn(2, HEADS, n, 4, dtype=torch.bfloat16) for n in (300, 50, 50))
+    allowed = (torch.arange(50) < 40)[None, None, None] if with_mask else None
+    expected = scaled_dot_product(query.float(), key.float(), value.float(), allowed, 0.0)
+
+    def refused(*args, **kwargs):
+        raise AssertionError("PyTorch's kernel is the slower one here")
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", refused)
+    actual = scaled_dot_product(query, key, value, allowed, 0.0)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_a_query_that_may_look_nowhere_is_finite():
+    query = torch.randn(1, HEADS, 2, 4)
+    nothing = torch.zeros(1, 1, 1, 2, dtype=torch.bool)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = query.to(dtype)
+        assert attention_in_parts(x, x, x, nothing).isfinite().all()

@@ -53,6 +53,16 @@ def test_files_hold_the_same_detector(tmp_path, variant, suffix):
             assert distance.min(1).values.max() < 0.1
 
 
+def test_attention_can_be_fused(tmp_path):
+    """Runtimes know a sum before the softmax, and nothing after it."""
+    onnx = pytest.importorskip("onnx")
+    export_model(make_model("detr_tiny"), tmp_path / "model.onnx", trials=[(1, 160, 224)])
+    nodes = onnx.load(str(tmp_path / "model.onnx")).graph.node
+    kinds = {node.output[0]: node.op_type for node in nodes}
+    weights = [n for n in nodes if n.op_type == "MatMul" and kinds.get(n.input[0]) == "Softmax"]
+    assert len(weights) >= 6 and "IsNaN" not in kinds.values()
+
+
 @torch.no_grad()
 def test_padding_is_handled_inside():
     """The same image alone and in a batch, whatever lies beside it."""

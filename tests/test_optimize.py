@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BasicStem
 from torch import nn
 
 from detr_d2.deploy import optimize_for_inference
@@ -15,6 +16,7 @@ from detr_d2.deploy.pack import (
     PackedConv2d,
     PackedLinear,
     PackedSelfAttention,
+    PackedStem,
     is_available,
 )
 from detr_d2.errors import UserError
@@ -178,6 +180,18 @@ def test_packed_linear(tokens):
     relu = PackedLinear(linear, torch.float32, "relu")
     torch.testing.assert_close(relu(x), linear(x).relu(), rtol=1e-4, atol=1e-5)
     assert PackedLinear(linear, torch.bfloat16)(x).dtype == torch.bfloat16
+
+
+@needs_onednn
+@pytest.mark.parametrize("height", [1, 9, 31, 32, 33, 66, 130])
+@torch.no_grad()
+def test_strips_of_the_stem(height, monkeypatch):
+    """As the whole image, whatever is left for the last strip."""
+    monkeypatch.setattr(PackedStem, "rows", 8)
+    stem, x = BasicStem(3, 16, norm=""), torch.randn(2, 3, height, 37)
+    stem.conv1.bias = nn.Parameter(torch.randn(16))
+    actual = PackedStem(stem, torch.float32)(x)
+    torch.testing.assert_close(actual, stem(x), rtol=1e-4, atol=1e-4)
 
 
 @needs_onednn

@@ -139,14 +139,24 @@ class PackedEncoderAttention(_OneProjection, PlainAttention):
 
 
 class PackedStem(nn.Module):
-    """detectron2's `BasicStem`."""
+    """detectron2's `BasicStem`, in strips of the image: the map before pooling is the largest of
+    all, and more than C libraries keep for the next call, so every page of it would be new."""
+
+    rows = 64
 
     def __init__(self, stem: BasicStem, dtype: torch.dtype):
         super().__init__()
         self.conv1 = PackedConv2d(stem.conv1, dtype, "relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
+        """(B, 3, H, W) -> (B, C, H / 4, W / 4)"""
+        strips = []
+        for first in range(0, -(-x.shape[2] // 4), self.rows):
+            # Eight pixels above and below are what a row depends on.
+            start, end = max(4 * first - 8, 0), 4 * (first + self.rows) + 8
+            pooled = F.max_pool2d(self.conv1(x[:, :, start:end]), 3, stride=2, padding=1)
+            strips.append(pooled[:, :, first - start // 4 :][:, :, : self.rows])
+        return torch.cat(strips, dim=2)
 
 
 class PackedBlock(nn.Module):

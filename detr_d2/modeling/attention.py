@@ -69,14 +69,43 @@ def scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float
 ) -> Tensor:
     """The one place that calls PyTorch's attention; (B, heads, tokens, C / heads) everywhere."""
+    if allowed is not None and torch.compiler.is_compiling():
+        # Boolean masks become checks for NaN in ONNX, which keep runtimes from fusing attention.
+        allowed = additive(allowed, query.dtype)
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and query.device.type == "cpu" and torch.is_grad_enabled():
-        # On CPUs the backward pass in bfloat16 is several times slower than in float32.
-        with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(
-                query.float(), key.float(), value.float(), attn_mask=allowed, dropout_p=dropout
-            )
+    if half and query.device.type == "cpu":
+        # PyTorch's bfloat16 kernel for CPUs is slower than float32's backward, and than plain
+        # products forward.
+        if torch.is_grad_enabled():
+            with torch.autocast("cpu", enabled=False):
+                return F.scaled_dot_product_attention(
+                    query.float(), key.float(), value.float(), attn_mask=allowed, dropout_p=dropout
+                )
+        if not dropout and not torch.compiler.is_compiling():
+            return attention_in_parts(query, key, value, allowed)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout)
+
+
+def attention_in_parts(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, queries: int = 256
+) -> Tensor:
+    """As `scaled_dot_product`, for some queries at a time: the whole matrix is never there."""
+    key = (key * query.shape[-1] ** -0.5).transpose(-1, -2)
+    bias = None if allowed is None else additive(allowed, query.dtype)
+    parts = []
+    for first in range(0, query.shape[2], queries):
+        chosen = slice(first, first + queries)
+        scores = query[:, :, chosen] @ key
+        if bias is not None:
+            scores += bias if bias.shape[-2] == 1 else bias[..., chosen, :]
+        parts.append(scores.softmax(-1) @ value)
+    return torch.cat(parts, dim=2)
+
+
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to scores; finite, so that a query that may look nowhere is no NaN."""
+    zeros = torch.zeros_like(allowed, dtype=dtype)
+    return zeros.masked_fill(~allowed, torch.finfo(dtype).min / 2)
 
 
 class SelfAttention(MultiHeadAttention):
