@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from detectron2.structures import Instances
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import UserError, require_package
 from ..modeling.meta_arch import Detr
@@ -43,12 +42,12 @@ class ExportedDetr(nn.Module):
         """See `Detr.forward` for inputs and outputs at inference."""
         sizes = torch.tensor([x["image"].shape[-2:] for x in batched_inputs])
         height, width = sizes.amax(0).tolist()
-        images = torch.stack(
-            [
-                F.pad(x["image"].cpu(), (0, width - w, 0, height - h))
-                for x, (h, w) in zip(batched_inputs, sizes.tolist(), strict=True)
-            ]
-        ).float()
+        # By numpy: PyTorch's threads would still be awake, and in the way of the runtime's own.
+        images = np.zeros((len(batched_inputs), 3, height, width), np.float32)
+        for padded, x in zip(images, batched_inputs, strict=True):
+            image = x["image"].cpu().numpy()
+            padded[:, : image.shape[1], : image.shape[2]] = image
+        images = torch.from_numpy(images)
         return Detr.detections(*self.run(images, sizes), batched_inputs)
 
 
