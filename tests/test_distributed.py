@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from detr_d2.engine import DetrTrainer, Precision
-from detr_d2.engine.launch import argument_parser, run
+from detr_d2.engine.launch import argument_parser, run, run_in_group
 from detr_d2.engine.main import setup
 from detr_d2.engine.step import accumulate_gradients, distribute
 
@@ -54,7 +54,7 @@ def save_gradients(folder: str) -> None:
 
 
 def save_gradients_of_two_processes(folder: str) -> None:
-    launch(save_gradients, 2, dist_url="auto", args=(folder,))
+    launch(run_in_group, 2, dist_url="auto", args=(save_gradients, folder))
 
 
 def test_gradients_are_those_of_one_process(tmp_path):
@@ -97,6 +97,15 @@ def test_train_net_on_two_processes(arguments, tmp_path):
     assert trained["iteration"] == 3 and trained["total_loss"] > 0
     assert evaluated["bbox/AP"] >= 0
     assert (tmp_path / "out" / "model_final.pth").exists()
+
+
+def test_group_ends_with_its_process(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    seen = []
+    run_in_group(lambda x: seen.append((x, torch.distributed.is_initialized())), 1)
+    assert seen == [(1, True)] and not torch.distributed.is_initialized()
 
 
 class PoisonLastProcess(HookBase):

@@ -25,6 +25,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detr_d2.engine.launch import run_in_group
 from detr_d2.evaluation import (
     COCODetectionEvaluator,
     PerClassPascalVOCEvaluator,
@@ -548,4 +549,5 @@ def test_two_processes_give_the_results_of_one(tmp_path):
 
 
 if __name__ == "__main__":
-    launch(evaluate_own_share, 2, dist_url="auto", args=(Path(sys.argv[1]),))
+    arguments = (evaluate_own_share, Path(sys.argv[1]))
+    launch(run_in_group, 2, dist_url="auto", args=arguments)

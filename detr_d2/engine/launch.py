@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.engine import default_argument_parser, launch
+from torch import distributed
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ..errors import UserError
@@ -35,12 +36,12 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
     """
     try:
         launch(
-            main,
+            run_in_group,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,),
+            args=(main, args),
         )
     except KeyboardInterrupt:
         print("Interrupted. --resume goes on from the last checkpoint.", file=sys.stderr)
@@ -62,6 +63,14 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         sys.exit(f"error: {message or text.splitlines()[-1]}")
     except ProcessExitedException as error:
         sys.exit(f"error: {error} (SIGKILL: most often for lack of memory).")
+
+
+def run_in_group(main: Callable[..., Any], *args: Any) -> None:
+    """`main(*args)` in a process that `detectron2.engine.launch` has started, then the end of its
+    process group: the group's threads, alive while Python ends, now and then abort the process."""
+    main(*args)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def message_for_users(traceback: str) -> str:
