@@ -10,11 +10,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from detectron2.data import Metadata, MetadataCatalog, detection_utils
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
+from .data.image import read_image
 from .data.segments import read_segment_ids
 from .engine.compare import Result
 
@@ -60,7 +61,7 @@ def draw_pair(
     score_threshold: float,
 ) -> tuple[np.ndarray, int]:
     """(HEIGHT, width, 3) RGB of one image, predictions, then ground truth; number of the former."""
-    image = detection_utils.read_image(dataset_dict["file_name"], format="RGB")
+    image = read_image(dataset_dict["file_name"], "RGB")
     metadata = MetadataCatalog.get(dataset_name)
     scale = HEIGHT / image.shape[0]
     result = predictor(image[:, :, ::-1])

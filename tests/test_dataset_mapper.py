@@ -28,9 +28,9 @@ from detr_d2.data.annotations import (
 from detr_d2.data.dataset_mapper import (
     DetrDatasetMapper,
     ImageSizeError,
-    UnreadableImageError,
     build_augmentation,
 )
+from detr_d2.data.image import UnreadableImageError
 from detr_d2.errors import UserError
 
 WIDTH, HEIGHT = 40, 30

@@ -380,7 +380,7 @@ def test_messages_of_other_processes():
         "Original Traceback (most recent call last):\n  File x, line 1\n"
         "PIL.UnidentifiedImageError: no image\n\nThe above exception was the direct cause of the "
         "following exception:\n\nTraceback (most recent call last):\n  File y, line 2\n"
-        "detr_d2.data.dataset_mapper.UnreadableImageError: Cannot read a.png (UnidentifiedImage"
+        "detr_d2.data.image.UnreadableImageError: Cannot read a.png (UnidentifiedImage"
         "Error: no image): restore it.\n"
     )
     expected = "Cannot read a.png (UnidentifiedImageError: no image): restore it."

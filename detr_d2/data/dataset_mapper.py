@@ -14,9 +14,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances, PolygonMasks
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
-from PIL import Image
 from pycocotools import mask as mask_util
 
 from ..errors import UserError
@@ -26,6 +24,7 @@ from .annotations import (
     drop_annotations,
     find_faulty_annotations,
 )
+from .image import UnreadableImageError, read_image
 from .resize import ResizeShortestEdge
 from .segments import has_segments, read_segments
 
@@ -39,10 +38,6 @@ UNREADABLE_IN_A_ROW = 50
 
 class ImageSizeError(UserError, detection_utils.SizeMismatchError):
     """An image file of another size than its data set says; the message names both."""
-
-
-class UnreadableImageError(UserError, OSError):
-    """An image file that is missing or cannot be decoded; the message names it."""
 
 
 def build_augmentation(
@@ -275,26 +270,6 @@ class DetrDatasetMapper:
                 )
             needed["segmentation"] = segmentation
         return needed
-
-
-def read_image(file_name: str, image_format: str) -> np.ndarray:
-    """An image (H, W, C) uint8, turned as its Exif data says.
-
-    Raises:
-        UnreadableImageError: the file is missing or cannot be decoded.
-    """
-    try:
-        with PathManager.open(file_name, "rb") as file:
-            mode = Image.open(file).mode
-        if mode[0] in "IF":
-            raise ValueError(f"its pixels have the type {mode}, convert it to 8 bits")
-        return detection_utils.read_image(file_name, format=image_format)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise anything from SyntaxError to struct.error
-        raise UnreadableImageError(
-            f"Cannot read the image {file_name} ({type(error).__name__}: {error})"
-        ) from error
 
 
 def check_size(dataset_dict: dict, image: np.ndarray) -> None:
