@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
@@ -11,6 +12,12 @@ from pycocotools import mask as mask_util
 
 from detr_d2.data.segments import id_to_rgb
 from detr_d2.visualize import HEIGHT, draw_comparison, draw_curves
+
+
+@pytest.fixture(autouse=True)
+def same_colours():
+    """The visualizer draws them by lot, and some are nearly black."""
+    np.random.seed(0)
 
 
 def test_boxes_are_drawn_where_they_are(tmp_path):
@@ -84,7 +91,6 @@ def test_masks_and_panoptic_segments_are_drawn(tmp_path):
 
     pairs = [(instance_predictor, instance_record), (panoptic_predictor, panoptic_record)]
     for predictor, record in pairs:
-        np.random.seed(0)  # the visualizer draws its colours, some of them nearly black
         path = tmp_path / "picture.png"
         assert draw_comparison(predictor, [record], "visualize_masks_test", path, columns=1) == 1
         drawn = np.asarray(Image.open(path)).max(-1)
