@@ -6,6 +6,7 @@ from torch import nn
 from torch.autograd import gradcheck
 
 from detr_d2.errors import UserError
+from detr_d2.modeling import attention as attention_module
 from detr_d2.modeling.attention import (
     MultiHeadAttention,
     PlainAttention,
@@ -121,6 +122,32 @@ def test_dropout_in_training_only(attention):
     expected, _ = torch_attention(attention)(x, x, x)
     torch.testing.assert_close(attention.eval().attend(x, x, x), expected, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(attention.train().attend(x, x, x), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dropout_falls_on_the_attention_matrix(dtype, monkeypatch):
+    """Against PyTorch's without it: with the identity as values, attention returns its matrix."""
+    query, key = (torch.randn(2, HEADS, 5, 4, dtype=dtype, requires_grad=True) for _ in range(2))
+    allowed = (torch.arange(5) < 4)[None, None, None]
+    value = torch.eye(5, dtype=dtype).expand(2, HEADS, 5, 5)
+    factors = (torch.rand(2, HEADS, 5, 5) > 0.3).to(dtype) / 0.7
+    plain = nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=allowed
+    )
+    expected = plain * factors.double()
+    monkeypatch.setattr(attention_module, "drop_out", lambda x, p: x * factors)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        actual = scaled_dot_product(query, key, value, allowed, 0.3)
+    close = {"rtol": 0.03, "atol": 0.01} if dtype == torch.bfloat16 else {}
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, **close)
+    weight = torch.randn(2, HEADS, 5, 5, dtype=torch.float64)
+    gradients = torch.autograd.grad((actual.double() * weight).sum(), (query, key))
+    for gradient, right in zip(
+        gradients, torch.autograd.grad((expected * weight).sum(), (query, key)), strict=True
+    ):
+        close = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(gradient, right, **close)
 
 
 def test_initial_values_are_those_of_one_fused_projection():

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..structures import Memory, QueryPosition
+from .dropout import drop_out
 
 
 class MultiHeadAttention(nn.Module):
     """Multi-head attention (Vaswani et al., 2017, section 3.2.2).
 
-    The attention matrix is never kept: everything goes through `scaled_dot_product_attention`.
+    The attention matrix is not kept, but for dropout on CPUs.
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0):
@@ -68,22 +69,37 @@ class MultiHeadAttention(nn.Module):
 def scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float
 ) -> Tensor:
-    """The one place that calls PyTorch's attention; (B, heads, tokens, C / heads) everywhere."""
+    """The one place that calls PyTorch's attention, or does its work: (B, heads, tokens, C / heads)
+    everywhere."""
     if allowed is not None and torch.compiler.is_compiling():
         # Boolean masks become checks for NaN in ONNX, which keep runtimes from fusing attention.
         allowed = additive(allowed, query.dtype)
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and query.device.type == "cpu":
+    if query.device.type == "cpu":
+        if dropout and not torch.compiler.is_compiling():
+            return attention_with_dropout(query, key, value, allowed, dropout)
         # PyTorch's bfloat16 kernel for CPUs is slower than float32's backward, and than plain
         # products forward.
-        if torch.is_grad_enabled():
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if half and torch.is_grad_enabled():
             with torch.autocast("cpu", enabled=False):
                 return F.scaled_dot_product_attention(
                     query.float(), key.float(), value.float(), attn_mask=allowed, dropout_p=dropout
                 )
-        if not dropout and not torch.compiler.is_compiling():
+        if half and not torch.compiler.is_compiling():
             return attention_in_parts(query, key, value, allowed)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout)
+
+
+def attention_with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float
+) -> Tensor:
+    """As `scaled_dot_product` on CPUs: PyTorch, too, keeps the whole matrix where there is dropout,
+    and draws for it what `Dropout` avoids."""
+    with torch.autocast("cpu", enabled=False):  # which would have the softmax in float32
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        if allowed is not None:
+            scores = scores + additive(allowed, query.dtype)
+        return drop_out(scores.softmax(-1), dropout) @ value
 
 
 def attention_in_parts(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..structures import LayerOutput, Memory, Predictions, Queries, QueryPosition, Target
 from .deformable import token_centres
+from .dropout import Dropout
 from .recompute import run as run_recomputed
 
 
@@ -30,7 +31,7 @@ class FeedForward(nn.Module):
         self.activation = activation()
         self.linear1 = nn.Linear(hidden_dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
 
@@ -43,7 +44,7 @@ class ResidualLayer(nn.Module):
 
     def __init__(self, dropout: float, pre_norm: bool):
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.pre_norm = pre_norm
 
     def residual(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
