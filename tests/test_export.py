@@ -3,12 +3,14 @@
 import json
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
 from detr_d2 import export_model, load_exported, optimize_for_inference
 from detr_d2.deploy import export, runtime
 from detr_d2.deploy.exportable import ExportableDetr
+from detr_d2.deploy.runtime import as_batch
 from detr_d2.errors import UserError
 
 from .helpers import VARIANTS, random_inputs
@@ -162,3 +164,15 @@ def test_sizes_that_come_again_have_networks_of_their_own(tmp_path, monkeypatch)
             boxes = ours["instances"].pred_boxes.tensor
             torch.testing.assert_close(boxes, theirs.pred_boxes.tensor, atol=1e-2, rtol=0)
     assert made == [[False, True, False, False], [True] * 4, [True] * 4]
+
+
+def test_batches_are_padded_with_zeros_and_single_images_not_copied():
+    small, large = np.full((3, 2, 5), 7, np.uint8), np.full((3, 4, 3), 9, np.float32)
+    batch = as_batch([small, large])
+    assert batch.dtype == np.float32 and batch.shape == (2, 3, 4, 5)
+    assert (batch[0, :, :2] == 7).all() and (batch[1, :, :, :3] == 9).all()
+    assert batch.sum() == small.sum() + large.sum()
+    assert as_batch([small]).dtype == np.float32 and (as_batch([small])[0] == small).all()
+    assert np.shares_memory(as_batch([large]), large)
+    turned = large.transpose(0, 2, 1)
+    assert as_batch([turned]).flags.c_contiguous and (as_batch([turned])[0] == turned).all()

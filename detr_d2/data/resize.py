@@ -6,8 +6,6 @@ thousand differ by one level of 256, from another order of rounding.
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from detectron2.data import transforms as T
@@ -26,13 +24,12 @@ class TensorResizeTransform(T.ResizeTransform):
             return super().apply_image(img, interp)
         if img.shape[:2] == (self.new_h, self.new_w):
             return img
-        # A flipped image is a view with a negative stride, which torch does not take.
-        img = np.ascontiguousarray(img) if min(img.strides) < 0 else img
-        with warnings.catch_warnings():  # of read-only memory, which nobody writes to here
-            warnings.simplefilter("ignore", UserWarning)
-            image = torch.from_numpy(img).permute(2, 0, 1)[None]
+        # Planes are resized faster than interleaved channels. What is returned is a view of planes,
+        # so that the next resize, or the model's input, need not copy them. The copy is needed for
+        # flipped images, too: views with negative strides, which torch does not take.
+        planes = torch.from_numpy(np.require(img.transpose(2, 0, 1), requirements="CW"))[None]
         size = (self.new_h, self.new_w)
-        resized = F.interpolate(image, size=size, mode="bilinear", antialias=True)
+        resized = F.interpolate(planes, size=size, mode="bilinear", antialias=True)
         return resized[0].permute(1, 2, 0).numpy()
 
 

@@ -40,15 +40,23 @@ class ExportedDetr(nn.Module):
 
     def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Instances]]:
         """See `Detr.forward` for inputs and outputs at inference."""
-        sizes = torch.tensor([x["image"].shape[-2:] for x in batched_inputs])
-        height, width = sizes.amax(0).tolist()
         # By numpy: PyTorch's threads would still be awake, and in the way of the runtime's own.
-        images = np.zeros((len(batched_inputs), 3, height, width), np.float32)
-        for padded, x in zip(images, batched_inputs, strict=True):
-            image = x["image"].cpu().numpy()
-            padded[:, : image.shape[1], : image.shape[2]] = image
-        images = torch.from_numpy(images)
-        return Detr.detections(*self.run(images, sizes), batched_inputs)
+        arrays = [x["image"].cpu().numpy() for x in batched_inputs]
+        sizes = np.array([array.shape[-2:] for array in arrays])
+        images = as_batch(arrays)
+        outputs = self.run(torch.from_numpy(images), torch.from_numpy(sizes))
+        return Detr.detections(*outputs, batched_inputs)
+
+
+def as_batch(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """(C, H, W) of any size and type -> (B, C, H, W) float32, padded with zeros."""
+    if len(arrays) == 1:  # of float32 it is no copy
+        return np.ascontiguousarray(arrays[0], np.float32)[None]
+    height, width = np.max([array.shape[-2:] for array in arrays], axis=0)
+    batch = np.zeros((len(arrays), len(arrays[0]), height, width), np.float32)
+    for padded, array in zip(batch, arrays, strict=True):
+        padded[:, : array.shape[1], : array.shape[2]] = array
+    return batch
 
 
 def is_exported(path: str) -> bool:
