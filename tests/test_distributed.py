@@ -104,8 +104,12 @@ def test_group_ends_with_its_process(tmp_path):
         "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
     )
     seen = []
-    run_in_group(lambda x: seen.append((x, torch.distributed.is_initialized())), 1)
-    assert seen == [(1, True)] and not torch.distributed.is_initialized()
+    try:
+        run_in_group(lambda x: seen.append((x, torch.distributed.is_initialized())), 1)
+        assert seen == [(1, True)] and not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 class PoisonLastProcess(HookBase):

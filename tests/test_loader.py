@@ -103,13 +103,14 @@ def test_memory_of_workers_is_flat_over_epochs(tmp_path):
     loader = build_train_loader(dataset, mapper=read, seed=0, total_batch_size=50, num_workers=1)
     del dataset
     gc.collect()
+    others = set(multiprocessing.active_children())
     batches = iter(loader)
     sizes = []
     for _ in range(1 + 3 * 400 // 50):  # three epochs
         next(batches)
-        [worker] = multiprocessing.active_children()
+        [worker] = set(multiprocessing.active_children()) - others
         sizes.append(own_memory(worker.pid))
-    assert max(sizes) - sizes[0] < 3, sizes
+    assert max(sizes) - sizes[0] < 8, sizes
 
 
 def own_memory(pid: int) -> float:

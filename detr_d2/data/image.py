@@ -5,16 +5,20 @@ Shapes: H and W in pixels, C channels.
 
 from __future__ import annotations
 
-from io import BytesIO
+import warnings
 
 import numpy as np
 import torch
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from ..errors import UserError
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision means to remove it; Pillow reads everything
+    decode_jpeg = None
 
 EXIF_ORIENTATION = 274
 
@@ -31,14 +35,15 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
     """
     try:
         with PathManager.open(file_name, "rb") as file:
-            data = file.read()
-        header = Image.open(BytesIO(data))
-        if header.mode[0] in "IF":
-            raise ValueError(f"its pixels have the type {header.mode}, convert it to 8 bits")
-        if is_upright_jpeg(header) and image_format in ("RGB", "BGR"):
-            pixels = decode(data)
-            if pixels is not None:
-                return pixels if image_format == "RGB" else pixels[:, :, ::-1]
+            header = Image.open(file)
+            if header.mode[0] in "IF":
+                raise ValueError(f"its pixels have the type {header.mode}, convert it to 8 bits")
+            pixels = None
+            if image_format in ("RGB", "BGR") and is_upright_jpeg(header):
+                file.seek(0)
+                pixels = decode(file.read())
+        if pixels is not None:
+            return pixels if image_format == "RGB" else pixels[:, :, ::-1]
         return detection_utils.read_image(file_name, format=image_format)
     except MemoryError:
         raise
@@ -52,14 +57,23 @@ def is_upright_jpeg(header: Image.Image) -> bool:
     """Of three channels, and shown as it is stored."""
     if header.format != "JPEG" or header.mode != "RGB":
         return False
-    return header.getexif().get(EXIF_ORIENTATION) not in range(2, 9)
+    try:
+        return header.getexif().get(EXIF_ORIENTATION) not in range(2, 9)
+    except Exception:  # of broken Exif data anything; detectron2 knows what to do then
+        return False
 
 
 def decode(jpeg: bytes) -> np.ndarray | None:
     """(H, W, 3) RGB, the pixels that Pillow gives, without its copies of them; None where
     torchvision will not, so that Pillow has the last word and its message."""
+    if decode_jpeg is None:
+        return None
     try:
-        data = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
-        return decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
-    except RuntimeError:
+        with warnings.catch_warnings():  # it says that it is going to be removed, see above
+            warnings.simplefilter("ignore")
+            data = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
+            return decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    except MemoryError:
+        raise
+    except Exception:  # also of a torchvision that was built without it
         return None

@@ -25,8 +25,9 @@ class TensorResizeTransform(T.ResizeTransform):
         if img.shape[:2] == (self.new_h, self.new_w):
             return img
         # Planes are resized faster than interleaved channels. What is returned is a view of planes,
-        # so that the next resize, or the model's input, need not copy them. The copy is needed for
-        # flipped images, too: views with negative strides, which torch does not take.
+        # so that the next resize, or the model's input, need not copy them. torch takes neither
+        # flipped images, views with negative strides, nor (without a warning) Pillow's read-only
+        # ones: "CW".
         planes = torch.from_numpy(np.require(img.transpose(2, 0, 1), requirements="CW"))[None]
         size = (self.new_h, self.new_w)
         resized = F.interpolate(planes, size=size, mode="bilinear", antialias=True)

@@ -42,7 +42,7 @@ class ExportedDetr(nn.Module):
         """See `Detr.forward` for inputs and outputs at inference."""
         # By numpy: PyTorch's threads would still be awake, and in the way of the runtime's own.
         arrays = [x["image"].cpu().numpy() for x in batched_inputs]
-        sizes = np.array([array.shape[-2:] for array in arrays])
+        sizes = np.array([array.shape[-2:] for array in arrays], np.int64)
         images = as_batch(arrays)
         outputs = self.run(torch.from_numpy(images), torch.from_numpy(sizes))
         return Detr.detections(*outputs, batched_inputs)

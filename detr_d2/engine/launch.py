@@ -34,14 +34,15 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
 
     A `UserError` becomes one line on standard error and exit status 1, without a traceback.
     """
+    alone = args.num_gpus * args.num_machines <= 1  # and without a group
     try:
         launch(
-            run_in_group,
+            main if alone else run_in_group,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(main, args),
+            args=(args,) if alone else (main, args),
         )
     except KeyboardInterrupt:
         print("Interrupted. --resume goes on from the last checkpoint.", file=sys.stderr)
@@ -66,11 +67,11 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
 
 
 def run_in_group(main: Callable[..., Any], *args: Any) -> None:
-    """`main(*args)` in a process that `detectron2.engine.launch` has started, then the end of its
-    process group: the group's threads, alive while Python ends, now and then abort the process."""
+    """`main(*args)`, then the end of the process group that `detectron2.engine.launch` has begun:
+    its threads, alive while Python ends, now and then abort the process. Not after an error, as
+    ending a group may wait for processes that still work."""
     main(*args)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    distributed.destroy_process_group()
 
 
 def message_for_users(traceback: str) -> str:
