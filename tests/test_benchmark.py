@@ -13,7 +13,7 @@ from detr_d2.benchmark.timing import Timing, fitted_exponent, ratios, table, tak
 def test_contestants_take_turns():
     calls = []
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
-    timings = take_turns(runs, rounds=2, warmup=1)
+    timings = take_turns(runs, rounds=2, warmup=1, pause=0)
     assert calls == list("ababab")
     assert [t.name for t in timings] == ["a", "b"] and len(timings[0].seconds) == 2
 

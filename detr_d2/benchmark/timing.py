@@ -37,12 +37,18 @@ class Section(NamedTuple):
 
 
 def take_turns(
-    contestants: Mapping[str, Work], rounds: int, warmup: int = 1, notes: Mapping[str, str] = {}
+    contestants: Mapping[str, Work],
+    rounds: int,
+    warmup: int = 1,
+    notes: Mapping[str, str] = {},
+    pause: float = 0.2,
 ) -> list[Timing]:
-    """Runs A B C A B C …; the first `warmup` rounds do not count."""
+    """Runs A B C A B C …; the first `warmup` rounds do not count. Seconds of pause before each: the
+    threads of the one before stay awake for a while, and in the way."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for index in range(warmup + rounds):
         for name, work in contestants.items():
+            time.sleep(pause)
             start = time.perf_counter()
             work()
             if index >= warmup:
@@ -52,7 +58,7 @@ def take_turns(
 
 def fastest(work: Work, rounds: int = 5) -> float:
     """Seconds of the best round; for ceilings, which nothing but noise can make look lower."""
-    (timing,) = take_turns({"": work}, rounds, warmup=2)
+    (timing,) = take_turns({"": work}, rounds, warmup=2, pause=0)
     return min(timing.seconds)
 
 
