@@ -151,6 +151,26 @@ def test_dropout_falls_on_the_attention_matrix(dtype, monkeypatch):
         torch.testing.assert_close(gradient, right, **close)
 
 
+@pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_to_one_graph(dtype, dropout, with_gradient):
+    """A mask of another type than the query would break it, silently and slowly."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, HEADS, 5, 4, dtype=dtype) for _ in range(3))
+    allowed = (torch.arange(5) < 4)[None, None, None]
+    compiled = torch.compile(scaled_dot_product, backend="eager", fullgraph=True)
+    bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with torch.set_grad_enabled(with_gradient), bfloat16:
+        actual = compiled(query.requires_grad_(with_gradient), key, value, allowed, dropout)
+    if not dropout:
+        expected = nn.functional.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), attn_mask=allowed
+        )
+        close = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(actual.float(), expected, **close)
+
+
 def test_initial_values_are_those_of_one_fused_projection():
     """Xavier's bound for (3C, C) is sqrt(6 / 4C), for (C, C) it is sqrt(6 / 2C)."""
     torch.manual_seed(0)

@@ -69,24 +69,28 @@ class MultiHeadAttention(nn.Module):
 def scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float
 ) -> Tensor:
-    """The one place that calls PyTorch's attention, or does its work: (B, heads, tokens, C / heads)
-    everywhere."""
-    if allowed is not None and torch.compiler.is_compiling():
-        # Boolean masks become checks for NaN in ONNX, which keep runtimes from fusing attention.
-        allowed = additive(allowed, query.dtype)
+    """Attention by whichever way is fastest; (B, heads, tokens, C / heads) everywhere."""
     if query.device.type == "cpu":
-        if dropout and not torch.compiler.is_compiling():
+        if dropout:
             return attention_with_dropout(query, key, value, allowed, dropout)
         # PyTorch's bfloat16 kernel for CPUs is slower than float32's backward, and than plain
         # products forward.
         half = query.dtype in (torch.bfloat16, torch.float16)
         if half and torch.is_grad_enabled():
             with torch.autocast("cpu", enabled=False):
-                return F.scaled_dot_product_attention(
-                    query.float(), key.float(), value.float(), attn_mask=allowed, dropout_p=dropout
-                )
+                return attention_of_pytorch(query.float(), key.float(), value.float(), allowed)
         if half and not torch.compiler.is_compiling():
             return attention_in_parts(query, key, value, allowed)
+    return attention_of_pytorch(query, key, value, allowed, dropout)
+
+
+def attention_of_pytorch(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, dropout: float = 0.0
+) -> Tensor:
+    """As `scaled_dot_product`, by PyTorch's kernel."""
+    if allowed is not None and torch.compiler.is_compiling():
+        # Boolean masks become checks for NaN in ONNX, which keep runtimes from fusing attention.
+        allowed = additive(allowed, query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout)
 
 
