@@ -10,11 +10,12 @@ from detr_d2.benchmark.report import draw, machine, print_section, write_json
 from detr_d2.benchmark.timing import Timing, fitted_exponent, ratios, table, take_turns
 
 
-def test_contestants_take_turns():
-    calls = []
+def test_contestants_take_turns(monkeypatch):
+    calls, pauses = [], []
+    monkeypatch.setattr("time.sleep", pauses.append)
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
-    timings = take_turns(runs, rounds=2, warmup=1, pause=0)
-    assert calls == list("ababab")
+    timings = take_turns(runs, rounds=2, warmup=1, pause=0.5)
+    assert calls == list("ababab") and pauses == [0.5] * 6
     assert [t.name for t in timings] == ["a", "b"] and len(timings[0].seconds) == 2
 
 

@@ -352,6 +352,20 @@ def test_script_is_importable_and_thin(monkeypatch):
     assert "--register NAME=ANNOTATIONS.json:IMAGE_DIR" in argument_parser("x").format_help()
 
 
+@pytest.mark.parametrize(("gpus", "machines", "ends"), [(0, 1, 0), (1, 1, 0), (2, 1, 1), (1, 2, 1)])
+def test_several_processes_have_a_group_to_end(gpus, machines, ends, monkeypatch):
+    seen, ended = [], []
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: ended.append(True))
+    monkeypatch.setattr(
+        "detr_d2.engine.launch.launch", lambda main, *_, args, **options: main(*args)
+    )
+    arguments = argument_parser().parse_args(
+        ["--num-gpus", str(gpus), "--num-machines", str(machines)]
+    )
+    run(seen.append, arguments)
+    assert seen == [arguments] and len(ended) == ends
+
+
 def test_process_that_is_killed(monkeypatch):
     """By the kernel for lack of memory, say."""
 
