@@ -204,7 +204,8 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     # per step, so a recipe keeps its learning rate on a machine with less memory.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # With SOLVER.AMP.ENABLED: "float16" or "bfloat16"; CPUs have only "bfloat16".
-    # "auto": float16 on CUDA as in detectron2, bfloat16 elsewhere.
+    # "auto": float16 on CUDA as in detectron2; bfloat16 elsewhere, but float32 on CPUs that are
+    # slower in bfloat16.
     cfg.SOLVER.AMP.DTYPE = "auto"
     # Length of the training in epochs instead of SOLVER.MAX_ITER, and where the learning rate
     # drops instead of SOLVER.STEPS. None and []: iterations count.

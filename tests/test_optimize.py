@@ -22,6 +22,7 @@ from detr_d2.deploy.pack import (
 from detr_d2.errors import UserError
 from detr_d2.modeling.attention import SelfAttention
 from detr_d2.modeling.position import SinePositionEmbedding
+from detr_d2.processor import is_bfloat16_fast
 
 from .helpers import VARIANTS, random_inputs, tiny_cfg
 
@@ -97,6 +98,20 @@ def test_the_model_stays_as_it_was():
     assert [type(m) for m in model.modules()] == modules
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.requires_grad for p in model.transformer.parameters())
+
+
+@torch.no_grad()
+def test_slow_bfloat16_is_float32(monkeypatch, caplog):
+    monkeypatch.setattr("detr_d2.deploy.optimize.is_bfloat16_fast", lambda: False)
+    model, inputs = make_model("detr_tiny"), random_inputs([(64, 96)])
+    fast = optimize_for_inference(model, "bfloat16")
+    assert "the model runs in float32" in caplog.text
+    assert torch.equal(
+        fast.predict(inputs)[-1].logits, optimize_for_inference(model).predict(inputs)[-1].logits
+    )
+    caplog.clear()
+    optimize_for_inference(model)
+    assert not caplog.text
 
 
 def test_other_types_are_refused():
@@ -179,7 +194,8 @@ def test_packed_linear(tokens):
     )
     relu = PackedLinear(linear, torch.float32, "relu")
     torch.testing.assert_close(relu(x), linear(x).relu(), rtol=1e-4, atol=1e-5)
-    assert PackedLinear(linear, torch.bfloat16)(x).dtype == torch.bfloat16
+    if is_bfloat16_fast():
+        assert PackedLinear(linear, torch.bfloat16)(x).dtype == torch.bfloat16
 
 
 @needs_onednn

@@ -1,5 +1,6 @@
 """Mixed precision."""
 
+import logging
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from detr_d2.engine import DetrTrainer, Precision
 from detr_d2.engine.step import accumulate_gradients
 from detr_d2.errors import UserError
+from detr_d2.processor import is_bfloat16_fast
 
 from .helpers import random_inputs, tiny_cfg
 from .training import read_metrics, registered_rectangles, training_cfg
@@ -17,7 +19,8 @@ from .training import read_metrics, registered_rectangles, training_cfg
 
 def test_bfloat16_trains_on_a_cpu(tmp_path):
     with registered_rectangles(tmp_path / "rectangles") as name:
-        cfg = training_cfg(name, tmp_path / "out", "SOLVER.AMP.ENABLED", True)
+        mixed = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
+        cfg = training_cfg(name, tmp_path / "out", *mixed)
         trainer = DetrTrainer(cfg)
         assert str(trainer.precision) == "bfloat16"
         before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
@@ -38,7 +41,7 @@ def test_losses_are_float32():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
     inputs = random_inputs([(64, 64), (64, 80)], [2, 0])
-    losses = accumulate_gradients(model, [inputs], Precision("cpu", enabled=True))
+    losses = accumulate_gradients(model, [inputs], Precision("cpu", True, "bfloat16"))
     assert dtypes == {torch.bfloat16}
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
@@ -49,7 +52,7 @@ def test_bfloat16_is_close_to_float32():
     model = build_model(cfg).train()
     inputs = random_inputs([(64, 64), (64, 80)], [2, 1])
     losses = [
-        accumulate_gradients(model, [inputs], Precision("cpu", enabled=enabled))
+        accumulate_gradients(model, [inputs], Precision("cpu", enabled, "bfloat16"))
         for enabled in (False, True)
     ]
     for name in ("loss_bbox", "loss_giou", "loss_ce"):
@@ -70,6 +73,37 @@ def test_choice_of_type():
     assert Precision(torch.device("cuda:1"), dtype="bfloat16").dtype == torch.bfloat16
     cfg = tiny_cfg("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16")
     assert str(Precision.from_config(cfg)) == "bfloat16"
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_auto_is_what_the_cpu_is_fast_in(is_fast, monkeypatch, caplog):
+    monkeypatch.setattr("detr_d2.engine.precision.is_bfloat16_fast", lambda: is_fast)
+    caplog.set_level(logging.WARNING)
+    precision = Precision("cpu", enabled=True)
+    assert str(precision) == ("bfloat16" if is_fast else "float32")
+    with precision.autocast():
+        dtype = nn.Linear(2, 2)(torch.ones(2)).dtype
+    assert dtype == (torch.bfloat16 if is_fast else torch.float32)
+    assert ("Training in float32" in caplog.text) == (not is_fast)
+    # What is asked for by name is done, and what that costs is said.
+    caplog.clear()
+    assert str(Precision("cpu", enabled=True, dtype="bfloat16")) == "bfloat16"
+    assert ("auto would avoid it" in caplog.text) == (not is_fast)
+    # Other processors are not this one.
+    caplog.clear()
+    assert str(Precision("cuda", enabled=True, dtype="bfloat16")) == "bfloat16"
+    Precision("cpu", enabled=False)
+    assert not caplog.text
+
+
+def test_speed_of_bfloat16_is_what_the_instructions_say():
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # of newer PyTorch
+    known = get_capabilities()
+    if known.get("architecture") != "x86_64":
+        pytest.skip("what else computes bfloat16 depends on how PyTorch was built")
+    if known.get("avx512_f") and not known.get("avx512_bf16"):
+        pytest.skip("emulated by AVX512, as fast as float32 or a little slower")
+    assert is_bfloat16_fast() == bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def test_gradients_are_scaled_for_float16_only(monkeypatch):

@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from ..deploy import optimize_for_inference
 from ..model_zoo import get_config
 from ..modeling import segmentation
+from ..processor import is_bfloat16_fast
 from .models import (
     NUM_CLASSES,
     build_foreign,
@@ -36,8 +37,9 @@ def memory(rounds: int, quick: bool) -> list[Section]:
         "transformers": ("sdpa", side),
         "detr_d2": ("plain", side),
         "detr_d2, optimised": ("fast", side),
-        "detr_d2, optimised, bfloat16": ("bfloat16", side),
     }
+    if is_bfloat16_fast():
+        runs["detr_d2, optimised, bfloat16"] = ("bfloat16", side)
     title = f"Peak memory beyond the loaded model, DETR R50-DC5, 1 x {side}x{side}"
     masks = {
         "all masks at once": ("masks at once", side),

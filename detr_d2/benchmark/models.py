@@ -21,6 +21,7 @@ from ..deploy.exportable import ExportableDetr
 from ..errors import require_package
 from ..model_zoo import get_config
 from ..modeling.meta_arch import Detr
+from ..processor import is_bfloat16_fast
 from ..structures import Target
 
 # name -> config, class of transformers, its options
@@ -141,11 +142,13 @@ def contestants(
         notes["transformers"] = "float32"
     runs["detr_d2"] = own_runner(model, inputs)
     runs["detr_d2, optimised"] = own_runner(optimize_for_inference(model), inputs)
-    runs["detr_d2, optimised, bfloat16"] = own_runner(
-        optimize_for_inference(model, "bfloat16"), inputs
-    )
     notes |= {"detr_d2": "float32", "detr_d2, optimised": "float32"}
-    notes["detr_d2, optimised, bfloat16"] = "bfloat16"
+    if is_bfloat16_fast():
+        half = optimize_for_inference(model, "bfloat16")
+        runs["detr_d2, optimised, bfloat16"] = own_runner(half, inputs)
+        notes["detr_d2, optimised, bfloat16"] = "bfloat16"
+    else:
+        missing["bfloat16"] = "slower than float32 on this CPU"
     if quick:
         return runs, notes, {"others": "not with --quick"}
     if compiled:
@@ -156,7 +159,7 @@ def contestants(
             runs[name] = own_runner(load_exported(path, dtype), inputs)
             notes[name] = str(dtype).removeprefix("torch.")
         if foreign is not None and any(path.suffix == ".xml" for _, path, _ in paths):
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in (torch.float32, torch.bfloat16)[: 1 + is_bfloat16_fast()]:
                 name = "transformers on OpenVINO" + ", bfloat16" * (dtype == torch.bfloat16)
                 runs[name] = foreign_openvino(foreign, inputs, model, dtype)
                 notes[name] = str(dtype).removeprefix("torch.")
@@ -171,7 +174,12 @@ def exported(model: Detr, missing: dict[str, str]) -> Iterator[list[tuple[str, P
         found = []
         for runtime, package, suffix, dtypes in (
             ("ONNX Runtime", "onnxruntime", ".onnx", [torch.float32]),
-            ("OpenVINO", "openvino", ".xml", [torch.float32, torch.bfloat16]),
+            (
+                "OpenVINO",
+                "openvino",
+                ".xml",
+                [torch.float32, torch.bfloat16][: 1 + is_bfloat16_fast()],
+            ),
         ):
             try:
                 require_package(package, "export")

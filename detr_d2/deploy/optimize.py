@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from ..errors import UserError
 from ..modeling.heads import PredictionHead
 from ..modeling.meta_arch import Detr
 from ..modeling.queries import TopKQueries
+from ..processor import is_bfloat16_fast
 from . import pack
 from .export import export_model
 from .fold import folded
 from .runtime import ExportedDetr, load_exported
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = {"torch": "", "onnxruntime": ".onnx", "openvino": ".xml"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,7 +41,8 @@ def optimize_for_inference(
 
     Args:
         model: a `Detr`.
-        dtype: float32, or bfloat16 for everything but prediction heads and coordinates.
+        dtype: float32, or bfloat16 for everything but prediction heads and coordinates; CPUs that
+            would be slower in bfloat16 run float32.
         compile: `torch.compile` backbone and transformer instead of packing; every new image size
             may take minutes.
         backend: "torch", or "openvino" or "onnxruntime", for which the model is exported first.
@@ -50,6 +55,9 @@ def optimize_for_inference(
         raise UserError(f"The backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
     if backend != "torch":
         return exported(model, dtype, BACKENDS[backend])
+    if dtype == torch.bfloat16 and model.device.type == "cpu" and not is_bfloat16_fast():
+        logger.warning("This CPU is slower in bfloat16 than in float32: the model runs in float32.")
+        dtype = torch.float32
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fast.backbone = folded(fast.backbone, fast.device)
     queries = fast.transformer.queries

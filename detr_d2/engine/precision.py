@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from detectron2.config import CfgNode
 
 from ..errors import UserError
+from ..processor import is_bfloat16_fast
+
+logger = logging.getLogger(__name__)
 
 
 class Precision:
@@ -17,20 +22,27 @@ class Precision:
     def __init__(self, device: torch.device | str, enabled: bool = False, dtype: str = "auto"):
         """
         Args:
-            dtype: "float16", "bfloat16", or "auto": float16 on CUDA, as in detectron2, bfloat16
-                elsewhere.
+            dtype: "float16", "bfloat16", or "auto": float16 on CUDA, as in detectron2; bfloat16
+                elsewhere, and float32 on CPUs that would be slower in bfloat16.
 
         Raises:
             UserError: an unknown type, or float16 on a CPU.
         """
         self.enabled = enabled
         self.device_type = torch.device(device).type
-        if dtype == "auto":
+        automatic = dtype == "auto"
+        if automatic:
             dtype = "float16" if self.device_type == "cuda" else "bfloat16"
         if dtype not in ("float16", "bfloat16"):
             raise UserError(f"SOLVER.AMP.DTYPE is {dtype!r}; it must be auto, float16 or bfloat16.")
         if enabled and dtype == "float16" and self.device_type == "cpu":
             raise UserError("SOLVER.AMP.DTYPE float16 needs a GPU; CPUs train in bfloat16.")
+        if enabled and self.device_type == "cpu" and not is_bfloat16_fast():
+            logger.warning(
+                "This CPU is slower in bfloat16 than in float32. "
+                + ("Training in float32." if automatic else "SOLVER.AMP.DTYPE auto would avoid it.")
+            )
+            self.enabled = enabled = not automatic
         self.dtype = getattr(torch, dtype)
         self.scaler = torch.amp.GradScaler(
             self.device_type, enabled=enabled and self.dtype == torch.float16
