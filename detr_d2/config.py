@@ -50,6 +50,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     detr.DICE_WEIGHT = 1.0
     # Of the masks' logits, in pixels. Below the backbone's finest map, the image itself helps.
     detr.MASK_STRIDE = 4
+    # Width of the mask head. 0: HIDDEN_DIM, as in the original.
+    detr.MASK_DIM = 0
     # One segment for every pixel. Queries with a lower score are left out, and segments of no more
     # pixels than MIN_AREA.
     detr.PANOPTIC = CfgNode()
@@ -198,6 +200,8 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
     # Learning rate of reference points and sampling offsets, as a multiple of BASE_LR.
     cfg.SOLVER.SAMPLING_MULTIPLIER = 1.0
+    # Learning rate of the mask head, as a multiple of BASE_LR.
+    cfg.SOLVER.MASK_HEAD_MULTIPLIER = 1.0
     # Compile backbone, encoder and decoder for training. The first steps take minutes.
     cfg.SOLVER.COMPILE = False
     # Batches an optimizer step is computed in. SOLVER.IMS_PER_BATCH stays the number of images

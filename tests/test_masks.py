@@ -17,7 +17,7 @@ from detr_d2 import get_detr_cfg
 from detr_d2.errors import UserError
 from detr_d2.losses import dice_mask_loss, focal_mask_loss
 from detr_d2.modeling import segmentation
-from detr_d2.modeling.mask_head import MaskHead, resize_masks
+from detr_d2.modeling.mask_head import MaskHead, pixel_adapter, resize_masks
 from detr_d2.modeling.panoptic import PanopticMerger
 from detr_d2.modeling.segmentation import to_bitmasks
 
@@ -52,9 +52,18 @@ def predictions_of(model, inputs):
     return model._predict(inputs)
 
 
+@pytest.mark.parametrize(
+    ("variant", "dim", "widths"),
+    [
+        ("detr_tiny", 0, [32 + 4, 16, 16, 16]),
+        ("detr_tiny", 40, [40 + 4, 20, 16, 16]),
+        ("fast_tiny", 0, [32 + 4, 16, 16, 16]),
+    ],
+)
 @torch.no_grad()
-def test_the_shared_first_convolution_is_that_of_the_concatenation():
-    model = make_model().eval()
+def test_masks_are_those_of_the_convolutions_one_by_one(variant, dim, widths):
+    model = make_model("MODEL.DETR.MASK_DIM", dim, variant=variant).eval()
+    assert [c.out_channels for c in model.mask_head.convs] == widths
     predictions, _ = predictions_of(model, random_inputs(SIZES))
     head, source = model.mask_head, predictions.masks.args[0]
     images, queries = torch.tensor([0, 0, 1]), torch.tensor([2, 5, 0])
@@ -64,8 +73,12 @@ def test_the_shared_first_convolution_is_that_of_the_concatenation():
     assert not maps[:, :, source.memory.padding[images[0]]][:2].any()
     height, width = source.memory.level_shapes[0]
     projected = source.projected.transpose(1, 2).unflatten(-1, (height, width))[images]
-    x = torch.cat((projected, maps.unflatten(-1, (height, width))), dim=1)
-    x = head.norms[0](head.convs[0](x)).relu()
+    x, bias = [projected, maps.unflatten(-1, (height, width))], 0
+    if variant == "fast_tiny":
+        squared = head._squared_distance(source, images, queries)
+        x.append(torch.exp(-squared).unflatten(-1, (height, width))[:, None])
+        bias = head.content_proj(source.content[images, queries])[..., None, None]
+    x = head.norms[0](head.convs[0](torch.cat(x, dim=1)) + bias).relu()
     x = head.norms[1](head.convs[1](x)).relu()
     for name, adapter, convolution, norm in zip(
         ("res3", "res2"), head.adapters, head.convs[2:], head.norms[2:], strict=True
@@ -127,6 +140,21 @@ def test_finer_strides(stride, side):
     predictions, _ = predictions_of(model, random_inputs([(96, 96)]))
     zero = torch.zeros(1, dtype=torch.int64)
     assert predictions.masks(zero, zero).shape == (1, side, side)
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, (97, 63)), (2, (49, 32)), (4, (25, 16))])
+def test_pixels_of_any_size(stride, size):
+    assert pixel_adapter(stride, 5)(torch.zeros(1, 3, 97, 63)).shape == (1, 5, *size)
+
+
+@torch.no_grad()
+def test_what_queries_share_is_computed_once(monkeypatch):
+    model = make_model("MODEL.DETR.MASK_STRIDE", 2, variant="fast_tiny").eval()
+    calls = []
+    model.mask_head.adapters[-1].register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(segmentation, "CHUNK", 3)
+    model(random_inputs(SIZES))
+    assert len(calls) == 1
 
 
 @torch.no_grad()

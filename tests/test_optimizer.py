@@ -59,6 +59,15 @@ def test_backbone_has_its_own_learning_rate(cfg):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.25}
 
 
+def test_mask_head_has_its_own_learning_rate(cfg):
+    cfg.SOLVER.MASK_HEAD_MULTIPLIER = 4.0
+    model = Model()
+    model.mask_head = nn.Linear(1, 13)
+    rates = learning_rates(build_optimizer(cfg, model), model)
+    assert rates["mask_head.weight"] == rates["mask_head.bias"] == 2.0
+    assert rates["neck.weight"] == 0.5 and rates["backbone.stem.weight"] == pytest.approx(0.05)
+
+
 def test_sgd(cfg):
     cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTUM, cfg.SOLVER.NESTEROV = "SGD", 0.75, True
     model = Model()

@@ -18,16 +18,20 @@ class LearningRateFactor:
         backbone: of the backbone (DETR, appendix A.4).
         sampling: of what says where to look: reference points and sampling offsets (Deformable
             DETR, appendix A.3).
+        mask_head: of the mask head, which starts from nothing beside a trained detector.
     """
 
-    def __init__(self, backbone: float, sampling: float = 1.0):
+    def __init__(self, backbone: float, sampling: float = 1.0, mask_head: float = 1.0):
         self.backbone = backbone
         self.sampling = sampling
+        self.mask_head = mask_head
 
     def __call__(self, name: str) -> float:
         parts = name.split(".")
         if "backbone" in parts:
             return self.backbone
+        if "mask_head" in parts:
+            return self.mask_head
         return self.sampling if {"reference_head", "sampling_offsets"} & set(parts) else 1.0
 
 
@@ -43,7 +47,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model,
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
-        lr_factor_func=LearningRateFactor(solver.BACKBONE_MULTIPLIER, solver.SAMPLING_MULTIPLIER),
+        lr_factor_func=LearningRateFactor(
+            solver.BACKBONE_MULTIPLIER, solver.SAMPLING_MULTIPLIER, solver.MASK_HEAD_MULTIPLIER
+        ),
     )
     if not parameters:
         raise UserError("The model has no parameter to train: everything is frozen.")

@@ -164,7 +164,8 @@ def build_mask_head(cfg: CfgNode, backbone: nn.Module, neck: nn.Module) -> MaskH
             f"backbone's finest map ({finer[-1]}), or a power of two below it."
         )
     around_boxes = detr.BOX_HEAD != "absolute"
-    return MaskHead(detr.HIDDEN_DIM, detr.NHEADS, finer, channels, strides, around_boxes)
+    sizes = detr.HIDDEN_DIM, detr.NHEADS
+    return MaskHead(*sizes, finer, channels, strides, around_boxes, detr.MASK_DIM)
 
 
 def build_panoptic(cfg: CfgNode) -> PanopticMerger:

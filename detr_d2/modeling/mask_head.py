@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,19 @@ class MaskSource:
     """(B, Q, 4) of that layer, cxcywh, normalised to the image without padding"""
     autocast: torch.dtype | None = None
     """of the rest of the model; losses, which ask for masks, are outside of it"""
+    shared: SharedMaps | None = None
+    """made when the first masks are asked for"""
+
+
+class SharedMaps(NamedTuple):
+    """What the masks of all queries of an image have in common."""
+
+    keys: Tensor
+    """(B, h*w, C) of the attention maps"""
+    coarse: Tensor
+    """(B, width, h, w) the first convolution of the neck's tokens"""
+    finer: list[Tensor]
+    """(B, width, ...) from coarse to fine"""
 
 
 class MaskHead(nn.Module):
@@ -50,6 +64,7 @@ class MaskHead(nn.Module):
         in_channels: Sequence[int],
         pixel_strides: Sequence[int] = (),
         around_boxes: bool = False,
+        width: int = 0,
     ):
         """
         Args:
@@ -60,8 +75,12 @@ class MaskHead(nn.Module):
             pixel_strides: of further steps, beside the image itself; not in the original, for
                 objects with finer outlines than the backbone's maps.
             around_boxes: attention falls off around a query's box, each head's at a rate of its own
-                (SMCA, Gao et al., 2021, section 3.2). For queries whose content need not know where
-                they are, as their boxes are offsets from references.
+                (SMCA, Gao et al., 2021, section 3.2), one more map says where the box is, and the
+                query's content is added to all places: stuff and things differ from the start.
+                For queries whose content need not know where they are, as their boxes are offsets
+                from references.
+            width: channels that the coarsest map has beside the attention maps, halved at each
+                step; 0: C, as in the original. The time that masks take grows with its square.
         """
         super().__init__()
         self.num_heads = num_heads
@@ -69,29 +88,37 @@ class MaskHead(nn.Module):
         self.pixel_strides = list(pixel_strides)
         self.q_proj = nn.Linear(hidden_dim, hidden_dim)
         self.k_proj = nn.Linear(hidden_dim, hidden_dim)
-        widths = [hidden_dim + num_heads]
+        width = width or hidden_dim
+        widths = [width + num_heads]
         steps = len(self.in_features) + len(self.pixel_strides)
-        widths += [max(hidden_dim // 2 ** (i + 1), 16) for i in range(steps + 1)]
+        widths += [max(width // 2 ** (i + 1), 16) for i in range(steps + 1)]
         self.convs = nn.ModuleList(
-            nn.Conv2d(width, next_width, kernel_size=3, padding=1)
-            for width, next_width in zip([widths[0], *widths[:-1]], widths, strict=True)
+            nn.Conv2d(channels, next_channels, kernel_size=3, padding=1)
+            for channels, next_channels in zip(
+                [hidden_dim + num_heads + around_boxes, *widths[:-1]], widths, strict=True
+            )
         )
-        self.norms = nn.ModuleList(nn.GroupNorm(gcd(8, width), width) for width in widths)
-        # Pixels know nothing of their neighbours.
-        sources = [(channels, 1) for channels in in_channels] + [(3, 3)] * len(self.pixel_strides)
+        self.norms = nn.ModuleList(nn.GroupNorm(gcd(8, channels), channels) for channels in widths)
+        of_maps, of_pixels = widths[1 : len(in_channels) + 1], widths[len(in_channels) + 1 : -1]
         self.adapters = nn.ModuleList(
-            nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
-            for (channels, kernel_size), width in zip(sources, widths[1:-1], strict=True)
+            nn.Conv2d(channels, finer, kernel_size=1)
+            for channels, finer in zip(in_channels, of_maps, strict=True)
         )
+        self.adapters += [
+            pixel_adapter(stride, finer)
+            for stride, finer in zip(self.pixel_strides, of_pixels, strict=True)
+        ]
         rates = torch.linspace(-2, 2, num_heads)  # softplus: 0.13 to 2.13
         self.fall_off = nn.Parameter(rates) if around_boxes else None
+        self.content_proj = nn.Linear(hidden_dim, widths[0]) if around_boxes else None
         self.out = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
-        for module in (*self.convs, *self.adapters, self.out):
-            nn.init.kaiming_uniform_(module.weight, a=1)
-            nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                nn.init.zeros_(module.bias)
         # An attention map is some thousandths at every place: it has to be heard beside the image.
         with torch.no_grad():
-            self.convs[0].weight[:, hidden_dim:] *= 100
+            self.convs[0].weight[:, hidden_dim : hidden_dim + num_heads] *= 100
         for projection in (self.q_proj, self.k_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
@@ -105,41 +132,61 @@ class MaskHead(nn.Module):
         Returns:
             (P, H, W) logits.
         """
-        if len(images) == 0:  # of a query that does not matter: every parameter has a gradient
+        if images.shape[0] == 0:  # of a query that does not matter: every parameter has a gradient
             none = images.new_zeros(1)
             return self(source, none, none)[:0]
-        with torch.autocast(
-            images.device.type, dtype=source.autocast, enabled=source.autocast is not None
-        ):
+        if source.autocast is None:
+            return self._logits(source, images, queries)
+        with torch.autocast(images.device.type, source.autocast):
             return self._logits(source, images, queries)
 
     def _logits(self, source: MaskSource, images: Tensor, queries: Tensor) -> Tensor:
-        height, width = source.memory.level_shapes[0]
-        maps = self.attention_maps(source, images, queries).unflatten(-1, (height, width))
-        projected = source.projected.transpose(1, 2).unflatten(-1, (height, width))
+        shared = self.shared(source)
+        maps = self.attention_maps(source, images, queries)
+        if self.content_proj is not None:
+            inside = torch.exp(-self._squared_distance(source, images, queries))
+            maps = torch.cat((maps, inside[:, None]), dim=1)
+        maps = maps.unflatten(-1, tuple(source.memory.level_shapes[0]))
         # The first convolution of [projected; maps], whose first part is the same for all queries.
-        shared, own = self.convs[0].weight.split((projected.shape[1], self.num_heads), dim=1)
-        x = F.conv2d(projected, shared, self.convs[0].bias, padding=1).index_select(0, images)
+        x = shared.coarse.index_select(0, images)
+        own = self.convs[0].weight[:, -maps.shape[1] :]
         x = x + F.conv2d(maps.to(x.dtype), own.to(x.dtype), padding=1)
+        if self.content_proj is not None:
+            x = x + self.content_proj(source.content[images, queries])[..., None, None]
         x = self.norms[0](x).relu()
         x = self.norms[1](self.convs[1](x)).relu()
-        finer_maps = [source.features[name] for name in self.in_features]
-        finer_maps += [F.avg_pool2d(source.pixels, s, ceil_mode=True) for s in self.pixel_strides]
-        for finer_map, adapter, convolution, norm in zip(
-            finer_maps, self.adapters, self.convs[2:], self.norms[2:], strict=True
+        for finer, convolution, norm in zip(
+            shared.finer, self.convs[2:], self.norms[2:], strict=True
         ):
-            finer = adapter(finer_map)
             x = finer.index_select(0, images) + F.interpolate(
                 x, size=finer.shape[-2:], mode="nearest"
             )
             x = norm(convolution(x)).relu()
         return self.out(x).squeeze(1)
 
+    def shared(self, source: MaskSource) -> SharedMaps:
+        """Made once, however many times masks are asked for."""
+        if source.shared is None:
+            source.shared = self._make_shared(source)
+        return source.shared
+
+    def _make_shared(self, source: MaskSource) -> SharedMaps:
+        height, width = source.memory.level_shapes[0]
+        projected = source.projected.transpose(1, 2).unflatten(-1, (height, width))
+        weight = self.convs[0].weight[:, : projected.shape[1]]
+        finer_maps = [source.features[name] for name in self.in_features]
+        finer_maps += [source.pixels] * len(self.pixel_strides)
+        return SharedMaps(
+            self.k_proj(source.memory.tokens),
+            F.conv2d(projected, weight, self.convs[0].bias, padding=1),
+            [adapter(x) for adapter, x in zip(self.adapters, finer_maps, strict=True)],
+        )
+
     def attention_maps(self, source: MaskSource, images: Tensor, queries: Tensor) -> Tensor:
         """(P, M, h*w): softmax over heads and places together, nothing on padding."""
         content = source.content[images, queries]
         query = self.q_proj(content).unflatten(-1, (self.num_heads, -1))  # (P, M, C / M)
-        key = self.k_proj(source.memory.tokens).unflatten(-1, (self.num_heads, -1))
+        key = self.shared(source).keys.unflatten(-1, (self.num_heads, -1))
         scale = query.shape[-1] ** -0.5
         scores = torch.einsum("pmc,psmc->pms", query * scale, key[images]).float()
         if self.fall_off is not None:
@@ -156,6 +203,21 @@ class MaskHead(nn.Module):
         places = token_centres(memory.level_shapes, memory.valid_ratios)[images]
         boxes = source.boxes[images, queries].detach().float()[:, None]
         return ((places - boxes[..., :2]) / (boxes[..., 2:] / 2).clamp(min=1e-3)).square().sum(-1)
+
+
+def pixel_adapter(stride: int, channels: int) -> nn.Sequential:
+    """(B, 3, H, W) -> (B, channels, H / stride, W / stride), rounded up. What pixels belong to an
+    outline is found once per image here, not once per query."""
+    inner = 64
+    return nn.Sequential(
+        nn.Conv2d(3, inner, kernel_size=2 * stride + 1, stride=stride, padding=stride),
+        nn.GroupNorm(8, inner),
+        nn.ReLU(),
+        nn.Conv2d(inner, inner, kernel_size=3, padding=1),
+        nn.GroupNorm(8, inner),
+        nn.ReLU(),
+        nn.Conv2d(inner, channels, kernel_size=3, padding=1),
+    )
 
 
 def resize_masks(
