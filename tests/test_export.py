@@ -10,10 +10,12 @@ import torch
 from detr_d2 import export_model, load_exported, optimize_for_inference
 from detr_d2.deploy import export, runtime
 from detr_d2.deploy.exportable import ExportableDetr
-from detr_d2.deploy.runtime import as_batch
+from detr_d2.deploy.runtime import as_batch, best_of_queries
+from detr_d2.engine.main import evaluate
 from detr_d2.errors import UserError
+from detr_d2.modeling.panoptic import PanopticMerger
 
-from .helpers import VARIANTS, random_inputs
+from .helpers import VARIANTS, random_inputs, tiny_cfg
 from .test_optimize import make_model
 
 SUFFIXES = [".pt2", ".onnx", ".xml"]
@@ -133,11 +135,64 @@ def test_refusals(tmp_path, monkeypatch):
         export_model(model, tmp_path / "model.onnx")
 
 
-def test_masks_are_not_exported_silently():
-    options = ("MODEL.MASK_ON", True, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4"])
-    model = make_model("detr_tiny", *options, "MODEL.DETR.IN_FEATURES", ["res4"])
-    with pytest.raises(UserError, match="set MODEL.MASK_ON False to export"):
-        ExportableDetr(model)
+MASKS = ("MODEL.MASK_ON", True, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4"])
+MASKS += ("MODEL.DETR.IN_FEATURES", ["res4"], "TEST.DETECTIONS_PER_IMAGE", 12)
+
+
+def model_with_masks(variant):
+    """Whose class 1 is stuff."""
+    model = make_model(variant, *MASKS)
+    model.panoptic = PanopticMerger([0, 2, 3], score_threshold=0.01)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("variant", "suffix"),
+    [
+        ("detr_tiny", ".pt2"),
+        pytest.param("detr_tiny", ".onnx", marks=pytest.mark.slow),
+        pytest.param("fast_tiny", ".pt2", marks=pytest.mark.slow),
+        pytest.param("fast_tiny", ".onnx", marks=pytest.mark.slow),
+        ("fast_tiny", ".xml"),
+    ],
+)
+@torch.no_grad()
+def test_files_hold_the_same_masks(tmp_path, variant, suffix):
+    model, path = model_with_masks(variant), tmp_path / f"model{suffix}"
+    export_model(model, path, trials=[(1, 160, 224), (2, 192, 128)])
+    exported = load_exported(path)
+    for sizes in ([(96, 70)], [(64, 96), (130, 128), (200, 65)]):
+        inputs = random_inputs(sizes)
+        inputs[0] |= {"height": 120, "width": 140}
+        for ours, theirs in zip(exported(inputs), model(inputs), strict=True):
+            expected, segments = theirs["panoptic_seg"]
+            segmented, found = ours["panoptic_seg"]
+            assert len(segments) > 1 and expected.shape == segmented.shape
+            assert [(s["category_id"], s["isthing"]) for s in found] == [
+                (s["category_id"], s["isthing"]) for s in segments
+            ]
+            assert (segmented == expected).float().mean() > 0.99
+            ours, theirs = ours["instances"], theirs["instances"]
+            nearest = torch.cdist(theirs.pred_boxes.tensor, ours.pred_boxes.tensor).argmin(1)
+            masks = ours.pred_masks[nearest]
+            assert masks.shape == theirs.pred_masks.shape and masks.any()
+            assert (masks == theirs.pred_masks).float().mean() > 0.99
+
+
+def test_best_of_queries():
+    scores = torch.tensor([[0.9, 0.8, 0.7, 0.6], [0.5, 0.4, 0.3, 0.2]])
+    classes = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 1]])
+    queries = torch.tensor([[2, 2, 0, 2], [1, 0, 1, 0]])
+    best_scores, best_classes = best_of_queries(scores, classes, queries)
+    torch.testing.assert_close(best_scores, torch.tensor([[0.7, 0.0, 0.9], [0.4, 0.5, 0.0]]))
+    assert best_classes[best_scores > 0].tolist() == [5, 3, 8, 7]
+
+
+def test_files_without_masks_are_not_evaluated_for_masks(tmp_path):
+    export_model(make_model("detr_tiny"), tmp_path / "model.pt2", trials=[(1, 160, 224)])
+    options = ("MODEL.WEIGHTS", str(tmp_path / "model.pt2"))
+    with pytest.raises(UserError, match="model.pt2' has no masks: set MODEL.MASK_ON False"):
+        evaluate(tiny_cfg(*options, *MASKS))
 
 
 def test_sizes_that_come_again_have_networks_of_their_own(tmp_path, monkeypatch):

@@ -20,16 +20,16 @@ from torch import Tensor
 
 from ..errors import UserError, require_package
 from ..modeling.meta_arch import Detr
-from .exportable import INPUTS, OUTPUTS, ExportableDetr
+from .exportable import INPUTS, ExportableDetr
 from .runtime import Run, open_model
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = {".pt2": "torch.export", ".onnx": "ONNX", ".xml": "OpenVINO"}
 # (images, height, width) of what is compared with PyTorch before a file counts as written, and the
-# largest differences of scores and, in pixels, of boxes.
+# largest differences of scores, of boxes in pixels, and of masks' probabilities.
 TRIALS = ((1, 320, 448), (1, 512, 384), (2, 416, 416))
-SCORE_TOLERANCE, PIXEL_TOLERANCE = 1e-3, 0.5
+SCORE_TOLERANCE, PIXEL_TOLERANCE, MASK_TOLERANCE = 1e-3, 0.5, 1e-2
 
 
 def export_model(
@@ -58,23 +58,43 @@ def export_model(
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / path.name
         write(exportable, draft)
-        scores, pixels = largest_differences(exportable, open_model(draft), trials)
+        scores, pixels, masks = largest_differences(exportable, open_model(draft), trials)
         found = f"scores differ from PyTorch's by up to {scores:.1e}, boxes by {pixels:.1e} pixels"
-        if not (scores <= SCORE_TOLERANCE and pixels <= PIXEL_TOLERANCE):
+        if model.mask_head is not None:
+            found += f", masks by a probability of {masks:.1e}"
+        close = scores <= SCORE_TOLERANCE and pixels <= PIXEL_TOLERANCE and masks <= MASK_TOLERANCE
+        if not close:  # NaN neither
             raise UserError(f"'{path}' is not written: its {found}.")
-        description = {
-            "inputs": "images (B, 3, H, W) float32 in [0, 255], padded below and right; "
-            "sizes (B, 2) int64 height and width without padding",
-            "outputs": "boxes (B, D, 4) x1, y1, x2, y2 in pixels; scores (B, D); classes (B, D)",
-            "input_format": model.input_format,
-            "class_names": list(class_names) if class_names else None,
-            **described,
-        }
+        description = describe(model, class_names) | described
         draft.with_suffix(".json").write_text(json.dumps(description, indent=1))
         path.parent.mkdir(parents=True, exist_ok=True)
         for file in sorted(Path(folder).iterdir()):
             shutil.move(file, path.parent / file.name)
     logger.info("Wrote '%s' (%s): %s.", path, SUFFIXES[path.suffix], found)
+
+
+def describe(model: Detr, class_names: Sequence[str] | None) -> dict[str, Any]:
+    """What a program must know that runs the file."""
+    description = {
+        "inputs": "images (B, 3, H, W) float32 in [0, 255], padded below and right; "
+        "sizes (B, 2) int64 height and width without padding",
+        "outputs": "boxes (B, D, 4) x1, y1, x2, y2 in pixels; scores (B, D); classes (B, D)",
+        "input_format": model.input_format,
+        "class_names": list(class_names) if class_names else None,
+    }
+    if model.mask_head is not None:
+        description["outputs"] += (
+            "; queries (B, D); masks (B, D, h, w) logits, to be enlarged to (H, W), cut to the "
+            "image's size and compared with mask_threshold after a sigmoid"
+        )
+        description["mask_threshold"] = model.mask_threshold
+    if model.panoptic is not None:
+        description["panoptic"] = {
+            "thing_classes": sorted(model.panoptic.thing_classes),
+            "score_threshold": model.panoptic.score_threshold,
+            "min_area": model.panoptic.min_area,
+        }
+    return description
 
 
 def write(exportable: ExportableDetr, path: Path) -> None:
@@ -90,7 +110,7 @@ def write(exportable: ExportableDetr, path: Path) -> None:
         torch.export.save(program, path)
         return
     onnx = path.with_suffix(".onnx")
-    _write_onnx(program, (images, sizes), onnx)
+    _write_onnx(program, (images, sizes), exportable.outputs, onnx)
     if path.suffix == ".xml":
         openvino = require_package("openvino", "export")
         # By way of ONNX, whose operators OpenVINO knows better than those of PyTorch's programs.
@@ -98,7 +118,9 @@ def write(exportable: ExportableDetr, path: Path) -> None:
         onnx.unlink()
 
 
-def _write_onnx(program: Any, inputs: tuple[Tensor, ...], path: Path) -> None:
+def _write_onnx(
+    program: Any, inputs: tuple[Tensor, ...], outputs: Sequence[str], path: Path
+) -> None:
     for package in ("onnx", "onnxscript"):
         require_package(package, "export")
     for talkative in ("onnxscript", "onnx_ir"):
@@ -106,31 +128,38 @@ def _write_onnx(program: Any, inputs: tuple[Tensor, ...], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         converted = torch.onnx.export(
-            program, inputs, dynamo=True, input_names=INPUTS, output_names=OUTPUTS, verbose=False
+            program, inputs, dynamo=True, input_names=INPUTS, output_names=outputs, verbose=False
         )
         converted.save(str(path))
 
 
 def largest_differences(
     exportable: ExportableDetr, run: Run, trials: Sequence[tuple[int, int, int]]
-) -> tuple[float, float]:
-    """Largest differences of scores, and of boxes in pixels, from PyTorch's.
+) -> tuple[float, float, float]:
+    """Largest differences of scores, of boxes in pixels, and of masks' probabilities (0 without
+    masks) from PyTorch's.
 
     The images of a batch have different sizes. Equal scores may come in any order, so each of
-    PyTorch's boxes is compared with the nearest one of its class.
+    PyTorch's detections is compared with the one of its class whose box is nearest.
     """
     generator = torch.Generator().manual_seed(0)
-    worst = torch.zeros(2)
+    worst = torch.zeros(3)
     for batch, height, width in trials:
         images = 255 * torch.rand(batch, 3, height, width, generator=generator)
         sizes = torch.tensor([[height - 20 * i, width - 33 * i] for i in range(batch)])
         with torch.no_grad():
             expected = exportable(images, sizes)
-        boxes, scores, classes = run(images, sizes)
+        actual = run(images, sizes)
+        (boxes, scores, classes), masks = actual[:3], actual[4:]
         differences = torch.cdist(expected[0], boxes, p=float("inf"))
         differences = differences.masked_fill(expected[2][..., None] != classes[:, None], 1e6)
+        pixels, nearest = differences.min(-1)
         # Of detections that hardly count, the last may be others.
         counts = expected[1] > expected[1][:, -1:] + SCORE_TOLERANCE
-        pixels = (differences.amin(-1) * counts).amax()
-        worst = worst.maximum(torch.stack(((expected[1] - scores).abs().amax(), pixels)))
-    return worst[0].item(), worst[1].item()
+        found = [(expected[1] - scores).abs().amax(), (pixels * counts).amax(), torch.zeros(())]
+        if masks:
+            rows = torch.arange(batch)[:, None]
+            probabilities = masks[0][rows, nearest].sigmoid(), expected[4].sigmoid()
+            found[2] = (probabilities[0] - probabilities[1])[counts].abs().amax()
+        worst = worst.maximum(torch.stack(found))
+    return tuple(worst.tolist())

@@ -1,6 +1,6 @@
 """A detector as one function of tensors, which `torch.export` can trace.
 
-Shapes: B images, H and W of the padded batch in pixels, D detections per image.
+Shapes: B images, H and W of the padded batch in pixels, D detections per image, h and w of masks.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..box_ops import cxcywh_to_xyxy
-from ..errors import UserError
+from ..modeling.mask_head import MaskSource
 from ..modeling.meta_arch import Detr
 from ..modeling.queries import TopKQueries
 from .fold import folded
 
 INPUTS = ("images", "sizes")
 OUTPUTS = ("boxes", "scores", "classes")
+# Of detectors with masks, after the others.
+MASK_OUTPUTS = ("queries", "masks")
 
 
 class ExportableDetr(nn.Module):
@@ -27,28 +29,25 @@ class ExportableDetr(nn.Module):
     """
 
     def __init__(self, model: Detr):
-        """
-        Raises:
-            UserError: the model predicts masks.
-        """
         super().__init__()
-        if model.mask_head is not None:
-            raise UserError(
-                "Exported models find boxes only: set MODEL.MASK_ON False to export this detector "
-                "without its masks."
-            )
         model = copy.deepcopy(model).eval().requires_grad_(False)
         self.backbone = folded(model.backbone, model.device)
         self.neck = model.neck
         self.transformer = model.transformer
         if isinstance(self.transformer.queries, TopKQueries):
             self.transformer.queries.supervise_all = False
+        self.mask_head = model.mask_head
         self.classification = model.criterion.classification
         self.detections_per_image = model.detections_per_image
         self.register_buffer("pixel_mean", model.pixel_mean)
         self.register_buffer("pixel_std", model.pixel_std)
 
-    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what `forward` returns."""
+        return OUTPUTS if self.mask_head is None else OUTPUTS + MASK_OUTPUTS
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """
         Args:
             images: (B, 3, H, W) float32 in [0, 255], in the model's channel order; padded at the
@@ -57,19 +56,30 @@ class ExportableDetr(nn.Module):
 
         Returns:
             boxes (B, D, 4) xyxy in pixels of the images as given; scores (B, D), best first;
-            classes (B, D) int64.
+            classes (B, D) int64. With a mask head also queries (B, D) int64, the one behind each
+            detection, and masks (B, D, h, w), logits that are to be enlarged to H and W.
         """
         padding = self.padding(images, sizes)
         pixels = (images - self.pixel_mean) / self.pixel_std
         pixels = pixels.masked_fill(padding[:, None], 0)
-        memory = self.neck(self.backbone(pixels), padding)
-        output = self.transformer(memory, last_only=True).layers[-1]
+        features = self.backbone(pixels)
+        memory = self.neck(features, padding)
+        predictions = self.transformer(memory, last_only=True)
+        output = predictions.layers[-1]
         scores, classes, queries = self.classification.select(
             output.logits.float(), self.detections_per_image
         )
         boxes = output.boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
         extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
-        return cxcywh_to_xyxy(boxes) * extent, scores, classes
+        detections = cxcywh_to_xyxy(boxes) * extent, scores, classes
+        if self.mask_head is None:
+            return detections
+        source = MaskSource(
+            predictions.memory, memory.tokens, features, pixels, predictions.content, output.boxes
+        )
+        rows = torch.arange(queries.shape[0], device=queries.device)[:, None].expand_as(queries)
+        logits = self.mask_head(source, rows.flatten(), queries.flatten())
+        return *detections, queries, logits.view(*queries.shape, *logits.shape[1:])
 
     @staticmethod
     def padding(images: Tensor, sizes: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Exported detectors, run by PyTorch, ONNX Runtime or OpenVINO.
 
-Shapes: B images, H and W of the padded batch in pixels, D detections per image.
+Shapes: B images, H and W of the padded batch in pixels, D detections per image, h and w of masks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError, require_package
 from ..modeling.meta_arch import Detr
+from ..modeling.panoptic import PanopticMerger
+from ..modeling.segmentation import add_masks, add_panoptic
 
-# (images (B, 3, H, W), sizes (B, 2)) -> boxes (B, D, 4), scores (B, D), classes (B, D)
-Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# (images (B, 3, H, W), sizes (B, 2)) -> boxes (B, D, 4), scores (B, D), classes (B, D); with masks
+# also queries (B, D), logits (B, D, h, w)
+Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 # OpenVINO: how often a size of batches comes before it has a network of its own, and how many have.
 SPECIALISE_AFTER, MOST_SPECIALISED = 3, 8
 
@@ -28,11 +31,26 @@ SPECIALISE_AFTER, MOST_SPECIALISED = 3, 8
 class ExportedDetr(nn.Module):
     """An exported detector with `Detr`'s interface for inference, for evaluators and predictors."""
 
-    def __init__(self, run: Run, input_format: str = "RGB", class_names: Sequence[str] = ()):
+    def __init__(
+        self,
+        run: Run,
+        input_format: str = "RGB",
+        class_names: Sequence[str] = (),
+        mask_threshold: float | None = None,
+        panoptic: PanopticMerger | None = None,
+    ):
+        """
+        Args:
+            run: the function in the file.
+            input_format, class_names: as the model was trained.
+            mask_threshold, panoptic: as those of `Detr`; None: the file has no masks.
+        """
         super().__init__()
         self.run = run
         self.input_format = input_format
         self.class_names = list(class_names)
+        self.mask_threshold = mask_threshold
+        self.panoptic = panoptic
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +63,35 @@ class ExportedDetr(nn.Module):
         sizes = np.array([array.shape[-2:] for array in arrays], np.int64)
         images = as_batch(arrays)
         outputs = self.run(torch.from_numpy(images), torch.from_numpy(sizes))
-        return Detr.detections(*outputs, batched_inputs)
+        boxes, scores, classes = outputs[:3]
+        if self.mask_threshold is None:
+            return Detr.detections(boxes, scores, classes, batched_inputs)
+        queries, logits = outputs[3:]
+        results = Detr.detections(boxes, scores, classes, batched_inputs, queries)
+
+        def masks_of(rows: Tensor, wanted: Tensor) -> Tensor:
+            """Of the first detection of each query; its others have the same."""
+            places = (queries[rows] == wanted[:, None]).int().argmax(1)
+            return logits[rows, places]
+
+        size = images.shape[-2:]
+        add_masks(results, masks_of, batched_inputs, size, self.mask_threshold)
+        if self.panoptic is not None:
+            best = best_of_queries(scores, classes, queries)
+            add_panoptic(results, *best, masks_of, self.panoptic, batched_inputs, size)
+        return results
+
+
+def best_of_queries(scores: Tensor, classes: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Detections (B, D), best first -> score and class (B, Q) of the best of each query; score 0
+    where there is none."""
+    same = queries[:, :, None] == queries[:, None]
+    rows, places = (~same.tril(-1).any(-1)).nonzero(as_tuple=True)
+    place = rows, queries[rows, places]
+    best_scores = scores.new_zeros(len(queries), int(queries.max()) + 1)
+    best_classes = classes.new_zeros(best_scores.shape)
+    best_scores[place], best_classes[place] = scores[rows, places], classes[rows, places]
+    return best_scores, best_classes
 
 
 def as_batch(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -80,9 +126,13 @@ def load_exported(path: str | Path, dtype: torch.dtype = torch.float32) -> Expor
     description = path.with_suffix(".json")
     if description.is_file():
         described = json.loads(description.read_text())
-    run = open_model(path, dtype)
+    panoptic = described.get("panoptic")
     return ExportedDetr(
-        run, described.get("input_format", "RGB"), described.get("class_names") or ()
+        open_model(path, dtype),
+        described.get("input_format", "RGB"),
+        described.get("class_names") or (),
+        described.get("mask_threshold"),
+        PanopticMerger(**panoptic) if panoptic else None,
     )
 
 
@@ -102,7 +152,7 @@ def open_model(path: Path, dtype: torch.dtype = torch.float32) -> Run:
 def _open_torch(path: Path, dtype: torch.dtype) -> Run:
     module = torch.export.load(path).module()
 
-    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return tuple(module(images, sizes))
 
@@ -116,7 +166,7 @@ def _open_onnx(path: Path, dtype: torch.dtype) -> Run:
     options.log_severity_level = 3
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         outputs = session.run(None, {"images": images.numpy(), "sizes": sizes.numpy()})
         return tuple(torch.from_numpy(output) for output in outputs)
 
@@ -146,7 +196,7 @@ def _open_openvino(path: Path, dtype: torch.dtype) -> Run:
             specialised[shape] = core.compile_model(fixed, "CPU", settings)
         return specialised.get(shape, compiled)
 
-    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         network = compiled_for(tuple(images.shape))
         outputs = network([images.numpy(), sizes.numpy()]).values()
         return tuple(torch.from_numpy(np.array(output)) for output in outputs)

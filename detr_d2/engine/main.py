@@ -188,6 +188,12 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
     """
     if is_exported(cfg.MODEL.WEIGHTS):
         model: nn.Module = load_exported(cfg.MODEL.WEIGHTS, to_dtype(cfg.MODEL.INFERENCE.DTYPE))
+        if cfg.MODEL.MASK_ON and model.mask_threshold is None:
+            raise UserError(f"'{cfg.MODEL.WEIGHTS}' has no masks: set MODEL.MASK_ON False.")
+        if cfg.MODEL.DETR.PANOPTIC.ENABLED and model.panoptic is None:
+            raise UserError(
+                f"'{cfg.MODEL.WEIGHTS}' merges no masks: set MODEL.DETR.PANOPTIC.ENABLED False."
+            )
     else:
         model = prepare_for_inference(cfg, load_trained(cfg, resume))
     results = DetrTrainer.test(cfg, model)

@@ -132,10 +132,10 @@ class Detr(nn.Module):
         if predictions.masks is not None:
             add_masks(results, predictions.masks, batched_inputs, padded_size, self.mask_threshold)
         if self.panoptic is not None:
-            classification = self.criterion.classification
-            add_panoptic(
-                results, predictions, classification, self.panoptic, batched_inputs, padded_size
-            )
+            logits = predictions.layers[-1].logits.float()
+            best = self.criterion.classification.best(logits)
+            masks = predictions.masks
+            add_panoptic(results, *best, masks, self.panoptic, batched_inputs, padded_size)
         return results
 
     def train(self, mode: bool = True) -> Detr:

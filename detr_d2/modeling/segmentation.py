@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from detectron2.structures import BitMasks, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..structures import Predictions
 from .mask_head import resize_masks
 from .panoptic import PanopticMerger
 
@@ -38,7 +37,11 @@ def add_masks(
     padded_size: tuple[int, int],
     threshold: float = 0.5,
 ) -> None:
-    """Adds `pred_masks` to detections, in place; takes their `pred_queries` away."""
+    """Adds `pred_masks` to detections, in place; takes their `pred_queries` away.
+
+    Args:
+        masks_of: (P,) images and queries -> (P, h, w) logits.
+    """
     for index, (result, x) in enumerate(zip(results, batched_inputs, strict=True)):
         instances = result["instances"]
         queries = instances.pred_queries
@@ -60,21 +63,21 @@ def add_masks(
 
 def add_panoptic(
     results: Sequence[dict[str, Any]],
-    predictions: Predictions,
-    classification: nn.Module,
+    scores: Tensor,
+    classes: Tensor,
+    masks_of: MasksOf,
     merger: PanopticMerger,
     batched_inputs: Sequence[dict[str, Any]],
     padded_size: tuple[int, int],
 ) -> None:
-    """Adds `panoptic_seg` to the results, in place."""
-    scores, classes = classification.best(predictions.layers[-1].logits.float())
+    """Adds `panoptic_seg` to the results, in place; scores and classes (B, Q) of every query."""
     for index, (result, x) in enumerate(zip(results, batched_inputs, strict=True)):
         queries = merger.candidates(scores[index])
         height, width = x["image"].shape[-2:]
         logits = torch.cat(
             [
                 F.interpolate(
-                    predictions.masks(torch.full_like(chunk, index), chunk)[:, None].float(),
+                    masks_of(torch.full_like(chunk, index), chunk)[:, None].float(),
                     size=padded_size,
                     mode="bilinear",
                 )[:, 0, :height, :width]
