@@ -149,11 +149,12 @@ def model_with_masks(variant):
 @pytest.mark.parametrize(
     ("variant", "suffix"),
     [
-        ("detr_tiny", ".pt2"),
-        pytest.param("detr_tiny", ".onnx", marks=pytest.mark.slow),
-        pytest.param("fast_tiny", ".pt2", marks=pytest.mark.slow),
+        ("detr_tiny", ".onnx"),
+        ("fast_tiny", ".pt2"),
+        pytest.param("detr_tiny", ".pt2", marks=pytest.mark.slow),
+        pytest.param("detr_tiny", ".xml", marks=pytest.mark.slow),
         pytest.param("fast_tiny", ".onnx", marks=pytest.mark.slow),
-        ("fast_tiny", ".xml"),
+        pytest.param("fast_tiny", ".xml", marks=pytest.mark.slow),
     ],
 )
 @torch.no_grad()
