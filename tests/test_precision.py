@@ -11,7 +11,7 @@ from torch import nn
 from detr_d2.engine import DetrTrainer, Precision
 from detr_d2.engine.step import accumulate_gradients
 from detr_d2.errors import UserError
-from detr_d2.processor import is_bfloat16_fast
+from detr_d2.processor import fast_types, is_bfloat16_fast
 
 from .helpers import random_inputs, tiny_cfg
 from .training import read_metrics, registered_rectangles, training_cfg
@@ -103,7 +103,10 @@ def test_speed_of_bfloat16_is_what_the_instructions_say():
         pytest.skip("what else computes bfloat16 depends on how PyTorch was built")
     if known.get("avx512_f") and not known.get("avx512_bf16"):
         pytest.skip("emulated by AVX512, as fast as float32 or a little slower")
-    assert is_bfloat16_fast() == bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    fast = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    assert (
+        is_bfloat16_fast() == fast and fast_types() == [torch.float32, torch.bfloat16][: 1 + fast]
+    )
 
 
 def test_gradients_are_scaled_for_float16_only(monkeypatch):

@@ -24,7 +24,7 @@ from ..errors import require_package
 from ..evaluation.coco_metrics import compute_coco_metrics
 from ..model_zoo import get_config
 from ..modeling import build_criterion
-from ..processor import is_bfloat16_fast
+from ..processor import fast_types, is_bfloat16_fast
 from ..structures import LayerOutput, Predictions
 from .memory import memory
 from .models import (
@@ -76,10 +76,10 @@ def differences(model: nn.Module, foreign: nn.Module | None, inputs: list[dict])
     with torch.no_grad():
         plain = model.predict(inputs)[-1]
         parts = []
-        for dtype in ("float32", "bfloat16")[: 1 + is_bfloat16_fast()]:
+        for dtype in fast_types():
             fast = optimize_for_inference(model, dtype).predict(inputs)[-1]
             parts.append(
-                f"optimised {dtype}: logits {largest(fast.logits, plain.logits):.1e}, "
+                f"optimised {str(dtype).removeprefix('torch.')}: logits {largest(fast.logits, plain.logits):.1e}, "
                 f"boxes {largest(fast.boxes, plain.boxes):.1e}"
             )
         if foreign is not None:

@@ -21,7 +21,7 @@ from ..deploy.exportable import ExportableDetr
 from ..errors import require_package
 from ..model_zoo import get_config
 from ..modeling.meta_arch import Detr
-from ..processor import is_bfloat16_fast
+from ..processor import fast_types, is_bfloat16_fast
 from ..structures import Target
 
 # name -> config, class of transformers, its options
@@ -159,7 +159,7 @@ def contestants(
             runs[name] = own_runner(load_exported(path, dtype), inputs)
             notes[name] = str(dtype).removeprefix("torch.")
         if foreign is not None and any(path.suffix == ".xml" for _, path, _ in paths):
-            for dtype in (torch.float32, torch.bfloat16)[: 1 + is_bfloat16_fast()]:
+            for dtype in fast_types():
                 name = "transformers on OpenVINO" + ", bfloat16" * (dtype == torch.bfloat16)
                 runs[name] = foreign_openvino(foreign, inputs, model, dtype)
                 notes[name] = str(dtype).removeprefix("torch.")
@@ -174,12 +174,7 @@ def exported(model: Detr, missing: dict[str, str]) -> Iterator[list[tuple[str, P
         found = []
         for runtime, package, suffix, dtypes in (
             ("ONNX Runtime", "onnxruntime", ".onnx", [torch.float32]),
-            (
-                "OpenVINO",
-                "openvino",
-                ".xml",
-                [torch.float32, torch.bfloat16][: 1 + is_bfloat16_fast()],
-            ),
+            ("OpenVINO", "openvino", ".xml", fast_types()),
         ):
             try:
                 require_package(package, "export")
