@@ -78,8 +78,9 @@ def differences(model: nn.Module, foreign: nn.Module | None, inputs: list[dict])
         parts = []
         for dtype in fast_types():
             fast = optimize_for_inference(model, dtype).predict(inputs)[-1]
+            name = str(dtype).removeprefix("torch.")
             parts.append(
-                f"optimised {str(dtype).removeprefix('torch.')}: logits {largest(fast.logits, plain.logits):.1e}, "
+                f"optimised {name}: logits {largest(fast.logits, plain.logits):.1e}, "
                 f"boxes {largest(fast.boxes, plain.boxes):.1e}"
             )
         if foreign is not None:
