@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Evaluates a trained DETR, trains one from nothing in six minutes, and draws what both find.
+"""Evaluates a trained DETR, trains one from nothing, and draws what both find.
 
 Runs the same commands a user would type, and prints each of them.
 """
