@@ -180,6 +180,9 @@ def _add_denoising_keys(detr: CfgNode) -> None:
 
 
 def _add_input_keys(cfg: CfgNode) -> None:
+    # One choice of MIN_SIZE_TRAIN for all images of a batch. With DATALOADER.ASPECT_RATIO_GROUPING
+    # little is left to pad: steps are shorter, the more so the more sizes there are.
+    cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH = False
     # Shorter sides, in pixels, that an image is resized to before it is cropped. []: it is not.
     cfg.INPUT.CROP.RESIZE_SIZES = [400, 500, 600]
     # Brightness, contrast and saturation are multiplied by 1 plus or minus up to this.

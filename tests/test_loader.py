@@ -161,14 +161,15 @@ def test_augmentation_does_not_depend_on_the_process(make_loader):
 
 
 def test_every_random_generator_is_seeded_by_the_place_in_the_stream():
-    def mapper(index):
-        return index, random.random(), np.random.rand(), torch.rand(1).item()
+    def mapper(record):
+        return record["index"], random.random(), np.random.rand(), torch.rand(1).item()
 
-    dataset = SeededDataset(range(4), mapper, seed=1)
-    first = dataset[2, 7]
+    records = [{"index": i} for i in range(4)]
+    dataset = SeededDataset(records, mapper, seed=1)
+    first = dataset[2, 7, 0]
     torch.rand(3), np.random.rand(), random.random()
-    assert dataset[2, 7] == first
-    for other in (dataset[2, 8], SeededDataset(range(4), mapper, seed=2)[2, 7]):
+    assert dataset[2, 7, 0] == dataset[2, 7, 1] == first
+    for other in (dataset[2, 8, 0], SeededDataset(records, mapper, seed=2)[2, 7, 0]):
         assert all(a != b for a, b in zip(first[1:], other[1:], strict=True))
 
 
@@ -187,9 +188,37 @@ def test_aspect_ratio_grouping(make_loader):
 def test_batches_of_groups():
     """Indices 0 to 5 in groups a b a a b a, two per batch: written out by hand."""
     sampler = ResumableBatchSampler(range(6), 2, groups=[0, 1, 0, 0, 1, 0])
-    assert list(sampler) == [[(0, 0), (2, 2)], [(1, 1), (4, 4)], [(3, 3), (5, 5)]]
+    batches = [[(0, 0, 0), (2, 2, 0)], [(1, 1, 1), (4, 4, 1)], [(3, 3, 2), (5, 5, 2)]]
+    assert list(sampler) == batches
+    sampler.start_batch = 1
+    assert list(sampler) == batches[1:]
+    sampler.start_batch = 0
     with fake_rank(1, 3):
-        assert next(iter(sampler)) == [(0, 1), (2, 7)]
+        assert next(iter(sampler)) == [(0, 1, 0), (2, 7, 0)]
+
+
+def test_one_size_per_batch(make_loader):
+    """The shorter side: of all images of a batch, in all processes; another for other batches, and
+    after an interruption the same."""
+
+    def sides(batches):
+        per_batch = [{min(image.shape[1:]) for _, image, _ in batch} for batch in batches]
+        assert all(len(side) == 1 for side in per_batch)
+        return [side.pop() for side in per_batch]
+
+    options = ("INPUT.MIN_SIZE_TRAIN", (24, 32, 40), "INPUT.MAX_SIZE_TRAIN", 200)
+    mixed = draw(make_loader(5, *options), 12)
+    assert any(len({min(image.shape[1:]) for _, image, _ in batch}) > 1 for batch in mixed)
+    options += ("INPUT.MIN_SIZE_TRAIN_PER_BATCH", True)
+    batches = draw(make_loader(5, *options), 12)
+    assert set(sides(batches)) == {24, 32, 40}
+    assert_same(draw(make_loader(5, *options), 3, start=9), batches[9:])
+    assert_same(draw(make_loader(5, *options, "DATALOADER.NUM_WORKERS", 2), 4), batches[:4])
+    with fake_rank(1, 2):
+        assert sides(draw(make_loader(5, *options), 6)) == sides(batches[:6])
+    style = ("INPUT.MIN_SIZE_TRAIN", (24, 40), "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range")
+    drawn = sides(draw(make_loader(5, *options, *style), 12))
+    assert len(set(drawn)) > 3 and 24 <= min(drawn) <= max(drawn) <= 40
 
 
 def test_samplers(make_loader):
@@ -234,21 +263,22 @@ def test_images_per_forward():
 
 
 def test_unusable_images_are_replaced():
-    dataset = SeededDataset([0, 1, 2, 3], lambda x: None if x == 2 else {"image": x}, seed=0)
-    drawn = [dataset[2, position]["image"] for position in range(20)]
+    records = [{"image": i} for i in range(4)]
+    dataset = SeededDataset(records, lambda x: None if x["image"] == 2 else x, seed=0)
+    drawn = [dataset[2, position, 0]["image"] for position in range(20)]
     assert set(drawn) == {0, 1, 3}
-    assert drawn == [dataset[2, position]["image"] for position in range(20)]
+    assert drawn == [dataset[2, position, 0]["image"] for position in range(20)]
 
 
 def test_nothing_usable_is_an_error():
-    dataset = SeededDataset([0, 1], lambda x: None, seed=0)
+    dataset = SeededDataset([{}, {}], lambda x: None, seed=0)
     with pytest.raises(UserError, match="100 images in a row"):
-        dataset[0, 0]
+        dataset[0, 0, 0]
     random.seed(0)
     before = random.random()
     random.seed(0)
     with pytest.raises(UserError):
-        dataset[0, 0]
+        dataset[0, 0, 0]
     assert random.random() == before
 
 

@@ -25,7 +25,7 @@ from .annotations import (
     find_faulty_annotations,
 )
 from .image import UnreadableImageError, read_image
-from .resize import ResizeShortestEdge
+from .resize import ResizeShortestEdge, ResizeShortestEdgePerBatch
 from .segments import has_segments, read_segments
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def build_augmentation(
     min_size: int | Sequence[int],
     max_size: int,
     sample_style: str = "choice",
+    per_batch: bool = False,
     flip: str = "horizontal",
     crop: tuple[str, Sequence[float]] | None = None,
     crop_resize_sizes: Sequence[int] = (400, 500, 600),
@@ -58,6 +59,7 @@ def build_augmentation(
         min_size: shorter sides to choose from, in pixels.
         max_size: longest side, in pixels.
         sample_style: "choice" of the sizes in `min_size`, or "range" between two of them.
+        per_batch: one choice for all images of a batch.
         flip: "horizontal", "vertical" or "none".
         crop: type and size of detectron2's `RandomCrop`, in the original
             ("absolute_range", (384, 600)); None crops nothing.
@@ -82,7 +84,8 @@ def build_augmentation(
         if crop_resize_sizes:
             cropping.insert(0, ResizeShortestEdge(list(crop_resize_sizes), sample_style="choice"))
         augmentations.append(T.RandomApply(T.AugmentationList(cropping), prob=CROP_PROBABILITY))
-    augmentations.append(ResizeShortestEdge(min_size, max_size, sample_style))
+    resize = ResizeShortestEdgePerBatch if per_batch else ResizeShortestEdge
+    augmentations.append(resize(min_size, max_size, sample_style))
     if color_jitter:
         bounds = 1 - color_jitter, 1 + color_jitter
         augmentations += [f(*bounds) for f in (T.RandomBrightness, T.RandomContrast)]
@@ -146,6 +149,7 @@ class DetrDatasetMapper:
                 min_size=cfg.INPUT.MIN_SIZE_TRAIN if is_train else cfg.INPUT.MIN_SIZE_TEST,
                 max_size=cfg.INPUT.MAX_SIZE_TRAIN if is_train else cfg.INPUT.MAX_SIZE_TEST,
                 sample_style=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+                per_batch=cfg.INPUT.MIN_SIZE_TRAIN_PER_BATCH,
                 flip=cfg.INPUT.RANDOM_FLIP,
                 crop=crop,
                 crop_resize_sizes=cfg.INPUT.CROP.RESIZE_SIZES,
@@ -183,6 +187,7 @@ class DetrDatasetMapper:
         check_size(dataset_dict, image)
 
         augmented = T.AugInput(image)
+        augmented.batch_seed = dataset_dict.get("batch_seed", 0)
         try:
             transforms = self.augmentations(augmented)
         except (ValueError, AssertionError) as error:
@@ -191,7 +196,7 @@ class DetrDatasetMapper:
                 f"The image {dataset_dict['file_name']} ({width}x{height} pixels) cannot be "
                 f"resized or cropped as INPUT asks ({error}): remove it from the data set."
             ) from error
-        output = {k: v for k, v in dataset_dict.items() if k != "annotations"}
+        output = {k: v for k, v in dataset_dict.items() if k not in ("annotations", "batch_seed")}
         output["height"], output["width"] = image.shape[:2]
         # Reversed channels and flips are views with negative strides, which torch does not take.
         channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))

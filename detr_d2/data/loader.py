@@ -37,7 +37,8 @@ def derive_seed(*numbers: int) -> int:
 
 
 class SeededDataset(Dataset):
-    """Maps dataset dictionaries with random numbers that depend only on (seed, position)."""
+    """Maps dataset dictionaries with random numbers that depend only on (seed, position). Their
+    "batch_seed" is the same for all images of a batch, in all processes."""
 
     def __init__(self, dataset: Sequence[dict], mapper: Callable[[dict], Any], seed: int):
         self.dataset = dataset
@@ -47,14 +48,16 @@ class SeededDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, sample: tuple[int, int]) -> dict[str, Any]:
-        """(index in the data set, position in the stream of all processes) -> model input.
+    def __getitem__(self, sample: tuple[int, int, int]) -> dict[str, Any]:
+        """(index in the data set, position in the stream of all processes, number of the batch) ->
+        model input.
 
         Raises:
             UserError: the mapper refused a hundred images in a row.
         """
-        index, position = sample
+        index, position, batch = sample
         seed = derive_seed(self.seed, position)
+        batch_seed = derive_seed(self.seed, batch, 0)  # a third number: no position's seed
         # In the main process (no workers) the model's own random numbers must not be disturbed.
         states = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
@@ -63,7 +66,7 @@ class SeededDataset(Dataset):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the GPU
             try:
                 for _ in range(100):
-                    mapped = self.mapper(self.dataset[index])
+                    mapped = self.mapper({**self.dataset[index], "batch_seed": batch_seed})
                     if mapped is not None:
                         return mapped
                     index = random.randrange(len(self.dataset))
@@ -73,8 +76,9 @@ class SeededDataset(Dataset):
         raise UserError("100 images in a row could not be used: check the data set's image folder.")
 
 
-class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (index, position in the stream), from batch `start_batch` on."""
+class ResumableBatchSampler(Sampler[list[tuple[int, int, int]]]):
+    """Endless batches of (index, position in the stream, number of the batch), from batch
+    `start_batch` on."""
 
     def __init__(self, indices: Iterable[int], batch_size: int, groups: Sequence[int]):
         """
@@ -87,8 +91,9 @@ class ResumableBatchSampler(Sampler[list[tuple[int, int]]]):
         self.groups = groups
         self.start_batch = 0
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return islice(self._batches(), self.start_batch, None)
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        for number, batch in islice(enumerate(self._batches()), self.start_batch, None):
+            yield [(index, position, number) for index, position in batch]
 
     def _batches(self) -> Iterator[list[tuple[int, int]]]:
         rank, world_size = comm.get_rank(), comm.get_world_size()

@@ -44,3 +44,16 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return TensorResizeTransform(
             transform.h, transform.w, transform.new_h, transform.new_w, transform.interp
         )
+
+
+class ResizeShortestEdgePerBatch(T.ResizeShortestEdge):
+    """The same shorter side for all images of a batch, in all processes: less padding."""
+
+    def get_transform(self, image: np.ndarray, batch_seed: int) -> T.Transform:
+        generator = np.random.default_rng(batch_seed)
+        sizes = self.short_edge_length
+        if self.is_range:
+            size = int(generator.integers(sizes[0], sizes[1] + 1))
+        else:
+            size = int(generator.choice(sizes))
+        return ResizeShortestEdge(size, self.max_size, "choice").get_transform(image)
