@@ -68,6 +68,22 @@ def test_state_dicts_load_either_way(name):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("name", ["basic", "timm efficientnet"])
+@torch.no_grad()
+def test_whole_modules_are_pickled_and_copied(name, tmp_path):
+    folded = make(name)
+    fold_frozen_norms(folded)
+    torch.save(folded, tmp_path / "backbone.pth")
+    image = torch.randn(1, 3, 64, 64)
+    loaded = torch.load(tmp_path / "backbone.pth", weights_only=False)
+    for other in (loaded, copy.deepcopy(folded)):
+        assert [type(m) for m in other.modules()] == [type(m) for m in folded.modules()]
+        for ours, theirs in zip(other(image).values(), folded(image).values(), strict=True):
+            assert torch.equal(ours, theirs)
+    unfold_frozen_norms(loaded)
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in make(name).modules()]
+
+
 @torch.no_grad()
 def test_unfolding_brings_back_what_was():
     backbone = make("timm efficientnet")

@@ -17,7 +17,15 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
 
-class _Folding:
+class _Mixed:
+    """What `_mixed` has made is pickled by its parts: its class has no name to be found by."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new_mixed, type(self).__bases__, *state
+
+
+class _Folding(_Mixed):
     """Makes a convolution of any class compute with scaled weights.
 
     Instances keep their parameters; whoever asks for `weight` or `bias` gets the scaled ones.
@@ -40,7 +48,7 @@ class _Folding:
         return None
 
 
-class _Folded:
+class _Folded(_Mixed):
     """Leaves a norm its activation alone."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,3 +160,8 @@ def _mixed(mixin: type, base: type) -> type:
     if (mixin, base) not in _classes:
         _classes[mixin, base] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
     return _classes[mixin, base]
+
+
+def _new_mixed(mixin: type, base: type) -> Any:
+    mixed = _mixed(mixin, base)
+    return mixed.__new__(mixed)
