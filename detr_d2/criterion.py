@@ -5,7 +5,7 @@ Shapes: B images, Q queries, K logits, P matched pairs. Boxes are cxcywh, normal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -116,7 +116,7 @@ class SetCriterion(nn.Module):
                     self._write_diagnostics(each.output.logits, pairs, classes, targets)
                     if predictions.masks is not None:
                         losses |= self._mask_losses(
-                            predictions.masks, assignment, pairs, targets, normalizer[0]
+                            predictions, assignment, pairs, targets, normalizer[0]
                         )
         return losses
 
@@ -190,24 +190,24 @@ class SetCriterion(nn.Module):
 
     def _mask_losses(
         self,
-        masks_of: Callable[[Tensor, Tensor], Tensor],
+        predictions: Predictions,
         assignment: Assignment,
         pairs: tuple[Tensor, Tensor],
         targets: Sequence[Target],
         num_boxes: Tensor,
     ) -> dict[str, Tensor]:
         """Of the last layer's pairs; masks are compared at the size of the padded batch."""
-        logits = masks_of(*pairs).float()
-        height, width = (max(t.masks.shape[d] for t in targets) for d in (1, 2))
-        truth = torch.zeros(len(logits), height, width)
+        logits = predictions.masks(*pairs).float()
+        size = predictions.padded_size
+        truth = torch.zeros(len(logits), *size, dtype=torch.bool)
         for index, (image, item) in enumerate(
             zip(assignment.images.tolist(), assignment.objects.tolist(), strict=True)
         ):
             mask = targets[image].masks[item]
             truth[index, : mask.shape[0], : mask.shape[1]] = mask
-        truth = truth.to(logits.device, non_blocking=True)
+        truth = truth.to(logits.device, non_blocking=True).float()
         if len(logits):
-            logits = F.interpolate(logits[:, None], size=(height, width), mode="bilinear")[:, 0]
+            logits = F.interpolate(logits[:, None], size=size, mode="bilinear")[:, 0]
         else:
             logits = logits.sum() + truth
         return {

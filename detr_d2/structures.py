@@ -126,3 +126,5 @@ class Predictions:
     masks: Callable[[Tensor, Tensor], Tensor] | None = None
     """(images (P,), queries (P,)) -> mask logits (P, H, W) of the last layer, where there is a mask
     head"""
+    padded_size: tuple[int, int] | None = None
+    """height and width of the padded batch in pixels, which these logits cover"""

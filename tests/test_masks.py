@@ -17,7 +17,7 @@ from detr_d2 import get_detr_cfg
 from detr_d2.errors import UserError
 from detr_d2.losses import dice_mask_loss, focal_mask_loss
 from detr_d2.modeling import segmentation
-from detr_d2.modeling.mask_head import MaskHead, pixel_adapter, resize_masks
+from detr_d2.modeling.mask_head import MaskHead, PixelEmbedding, resize_masks, squared_distance
 from detr_d2.modeling.panoptic import PanopticMerger
 from detr_d2.modeling.segmentation import to_bitmasks
 
@@ -49,33 +49,36 @@ def inputs_with_masks(sizes=SIZES, counts=(2, 1)):
 
 
 def predictions_of(model, inputs):
-    return model._predict(inputs)
+    return model.predict_all(inputs)
 
 
 @pytest.mark.parametrize(
-    ("variant", "dim", "widths"),
+    ("variant", "dim", "stride", "widths"),
     [
-        ("detr_tiny", 0, [32 + 4, 16, 16, 16]),
-        ("detr_tiny", 40, [40 + 4, 20, 16, 16]),
-        ("fast_tiny", 0, [32 + 4, 16, 16, 16]),
+        ("detr_tiny", 0, 4, [32 + 4, 16, 16, 16]),
+        ("detr_tiny", 40, 4, [40 + 4, 20, 16, 16]),
+        ("fast_tiny", 0, 4, [32 + 4, 16, 16, 16]),
+        ("fast_tiny", 0, 2, [32 + 4, 16, 16, 16]),
     ],
 )
 @torch.no_grad()
-def test_masks_are_those_of_the_convolutions_one_by_one(variant, dim, widths):
-    model = make_model("MODEL.DETR.MASK_DIM", dim, variant=variant).eval()
+def test_masks_are_those_of_the_convolutions_one_by_one(variant, dim, stride, widths):
+    options = ("MODEL.DETR.MASK_DIM", dim, "MODEL.DETR.MASK_STRIDE", stride)
+    model = make_model(*options, variant=variant).eval()
     assert [c.out_channels for c in model.mask_head.convs] == widths
-    predictions, _ = predictions_of(model, random_inputs(SIZES))
+    predictions = predictions_of(model, random_inputs(SIZES))
     head, source = model.mask_head, predictions.masks.args[0]
     images, queries = torch.tensor([0, 0, 1]), torch.tensor([2, 5, 0])
-    maps = head.attention_maps(source, images, queries)
+    around = variant == "fast_tiny"
+    squared = squared_distance(source, images, queries) if around else None
+    maps = head.attention_maps(source, images, queries, squared)
     # Over heads and places together, nothing on padding.
     torch.testing.assert_close(maps.sum((1, 2)), torch.ones(3))
     assert not maps[:, :, source.memory.padding[images[0]]][:2].any()
     height, width = source.memory.level_shapes[0]
     projected = source.projected.transpose(1, 2).unflatten(-1, (height, width))[images]
     x, bias = [projected, maps.unflatten(-1, (height, width))], 0
-    if variant == "fast_tiny":
-        squared = head._squared_distance(source, images, queries)
+    if around:
         x.append(torch.exp(-squared).unflatten(-1, (height, width))[:, None])
         bias = head.content_proj(source.content[images, queries])[..., None, None]
     x = head.norms[0](head.convs[0](torch.cat(x, dim=1)) + bias).relu()
@@ -86,16 +89,22 @@ def test_masks_are_those_of_the_convolutions_one_by_one(variant, dim, widths):
         finer = adapter(source.features[name])[images]
         x = finer + nn.functional.interpolate(x, size=finer.shape[-2:], mode="nearest")
         x = norm(convolution(x)).relu()
-    expected = head.out(x)[:, 0]
+    expected = head.out(x)
+    if stride == 4:
+        assert head.pixels is None and expected.shape[2:] == source.features["res2"].shape[2:]
+        expected = expected[:, 0]
+    else:  # 1 + 16 channels: a mask of its own, and what is compared with each pixel
+        pixels = head.pixels(source.pixels, source.features["res2"])[images]
+        x = nn.functional.interpolate(expected, size=(40, 48), mode="bilinear")
+        expected = x[:, 0] + torch.einsum("pchw,pchw->phw", x[:, 1:], pixels)
     torch.testing.assert_close(predictions.masks(images, queries), expected, rtol=1e-4, atol=1e-5)
-    assert expected.shape[1:] == source.features["res2"].shape[2:]
 
 
 @torch.no_grad()
 def test_maps_are_heard_beside_the_image_from_the_start():
     """Queries of one image have different masks; with maps of some thousandths they hardly had."""
     model, inputs = make_model().eval(), random_inputs([(256, 256)])
-    predictions, _ = predictions_of(model, inputs)
+    predictions = predictions_of(model, inputs)
     head, source = model.mask_head, predictions.masks.args[0]
     queries = torch.arange(source.content.shape[1])
     maps = head.attention_maps(source, torch.zeros_like(queries), queries)
@@ -111,12 +120,12 @@ def test_maps_are_heard_beside_the_image_from_the_start():
 def test_attention_falls_off_around_boxes():
     """A head of rate r sees exp(-r d²) of a place, d being 1 where an ellipse in the box ends."""
     model, inputs = make_model(variant="fast_tiny").eval(), random_inputs(SIZES)
-    predictions, _ = predictions_of(model, inputs)
+    predictions = predictions_of(model, inputs)
     head, source = model.mask_head, predictions.masks.args[0]
     images, queries = torch.tensor([0, 1]), torch.tensor([3, 5])
     height, width = source.memory.level_shapes[0]
-    near = head.attention_maps(source, images, queries)
-    rates, head.fall_off = head.fall_off, None
+    squared = squared_distance(source, images, queries)
+    near = head.attention_maps(source, images, queries, squared)
     far = head.attention_maps(source, images, queries)
     for pair in range(2):
         image = images[pair]
@@ -127,34 +136,37 @@ def test_attention_falls_off_around_boxes():
         x = (torch.arange(width) + 0.5) / width * padded_width / image_width
         squared = ((x - cx) / (w / 2)) ** 2 + ((y - cy) / (h / 2)) ** 2
         expected = far[pair] * torch.exp(
-            -nn.functional.softplus(rates)[:, None] * squared.flatten()
+            -nn.functional.softplus(head.fall_off)[:, None] * squared.flatten()
         )
         torch.testing.assert_close(near[pair], expected / expected.sum(), rtol=1e-3, atol=1e-7)
     assert make_model(variant="detr_tiny").mask_head.fall_off is None
 
 
-@pytest.mark.parametrize(("stride", "side"), [(4, 24), (2, 48), (1, 96)])
+@pytest.mark.parametrize(("stride", "side"), [(4, 24), (3, 32), (2, 48), (1, 96)])
 @torch.no_grad()
 def test_finer_strides(stride, side):
     model = make_model("MODEL.DETR.MASK_STRIDE", stride).eval()
-    predictions, _ = predictions_of(model, random_inputs([(96, 96)]))
+    predictions = predictions_of(model, random_inputs([(96, 96)]))
     zero = torch.zeros(1, dtype=torch.int64)
     assert predictions.masks(zero, zero).shape == (1, side, side)
 
 
 @pytest.mark.parametrize(("stride", "size"), [(1, (97, 63)), (2, (49, 32)), (4, (25, 16))])
 def test_pixels_of_any_size(stride, size):
-    assert pixel_adapter(stride, 5)(torch.zeros(1, 3, 97, 63)).shape == (1, 5, *size)
+    embed = PixelEmbedding(stride, in_channels=7, width=8, dim=5)
+    shape = embed(torch.zeros(1, 3, 97, 63), torch.zeros(1, 7, 25, 16)).shape
+    assert shape == (1, 5, *size)
 
 
 @torch.no_grad()
 def test_what_queries_share_is_computed_once(monkeypatch):
     model = make_model("MODEL.DETR.MASK_STRIDE", 2, variant="fast_tiny").eval()
     calls = []
-    model.mask_head.adapters[-1].register_forward_hook(lambda *_: calls.append(1))
+    for part in (model.mask_head.adapters[-1], model.mask_head.pixels):
+        part.register_forward_hook(lambda *_: calls.append(1))
     monkeypatch.setattr(segmentation, "CHUNK", 3)
     model(random_inputs(SIZES))
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 @torch.no_grad()
@@ -214,7 +226,7 @@ def test_the_threshold_is_a_probability():
 @torch.no_grad()
 def test_a_query_with_several_classes_is_computed_once():
     model, inputs = make_model(variant="fast_tiny").eval(), random_inputs(SIZES)
-    predictions, padded_size = predictions_of(model, inputs)
+    predictions = predictions_of(model, inputs)
     results = model.inference(predictions.layers[-1], inputs)
     queries = [result["instances"].pred_queries for result in results]
     assert any(len(q.unique()) < len(q) for q in queries)
@@ -224,12 +236,12 @@ def test_a_query_with_several_classes_is_computed_once():
         asked.extend(zip(images.tolist(), queries.tolist(), strict=True))
         return predictions.masks(images, queries)
 
-    segmentation.add_masks(results, masks_of, inputs, padded_size)
+    segmentation.add_masks(results, masks_of, inputs, predictions.padded_size)
     assert len(asked) == len(set(asked)) == sum(len(q.unique()) for q in queries)
     for index, (result, x) in enumerate(zip(results, inputs, strict=True)):
         logits = predictions.masks(torch.full_like(queries[index], index), queries[index])
         size = x["image"].shape[-2:]
-        expected = resize_masks(logits, padded_size, size, size)
+        expected = resize_masks(logits, predictions.padded_size, size, size)
         assert torch.equal(result["instances"].pred_masks, expected)
 
 
@@ -318,6 +330,19 @@ def test_losses_of_masks_are_there_once_and_reach_every_parameter():
     sum(losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     assert model.mask_head.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_masks_are_compared_where_they_are(monkeypatch):
+    """A backbone may pad more than the batch needs: 72 to 96 pixels here. Logits that are the truth
+    in the image and nothing on padding have no loss."""
+    model, inputs = make_model(), inputs_with_masks([(72, 72)], [1])
+    monkeypatch.setattr(type(model.backbone), "size_divisibility", 96)
+    predictions = model.predict_all(inputs)
+    assert predictions.padded_size == (96, 96)
+    truth = nn.functional.pad(inputs[0]["instances"].gt_masks.tensor.float(), (0, 24, 0, 24))
+    predictions.masks = lambda images, queries: truth * 40 - 20
+    losses = model.criterion(predictions, model.prepare_targets(inputs))
+    assert losses["loss_mask"] < 1e-3 and losses["loss_dice"] < 1e-3
 
 
 def test_images_without_objects():
@@ -411,7 +436,7 @@ def test_two_images_masks_are_learnt_by_heart():
     ("options", "variant", "message"),
     [
         ((), "deformable_tiny", "MASK_ON needs MODEL.DETR.NECK single_scale"),
-        (("MODEL.DETR.MASK_STRIDE", 3), "detr_tiny", "MASK_STRIDE is 3; it must be 4"),
+        (("MODEL.DETR.MASK_STRIDE", 8), "detr_tiny", "MASK_STRIDE is 8; it must be 1 to 4"),
         (("MODEL.DETR.PANOPTIC.ENABLED", True), "detr_tiny", "needs a panoptic data set"),
         (
             ("MODEL.MASK_ON", False, "MODEL.DETR.FROZEN_WEIGHTS", "x.pth"),

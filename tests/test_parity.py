@@ -61,7 +61,7 @@ def test_official_numbers(official, batch):
     name, model, numbers = official
     inputs = [make_input(index) for index in BATCHES[batch]]
     with torch.no_grad():
-        predictions, _ = model._predict(inputs)
+        predictions = model.predict_all(inputs)
         targets = model.prepare_targets(inputs)
         losses = model.criterion(predictions, targets)
         (assignment,) = model.criterion.matcher(predictions.layers[-1:], [targets])

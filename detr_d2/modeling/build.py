@@ -157,15 +157,16 @@ def build_mask_head(cfg: CfgNode, backbone: nn.Module, neck: nn.Module) -> MaskH
         )
     channels = [shapes[name].channels for name in finer]
     finest = shapes[finer[-1]].stride
-    strides = [2**n for n in range(10, -1, -1) if detr.MASK_STRIDE <= 2**n < finest]
-    if detr.MASK_STRIDE not in (finest, *strides):
+    stride = detr.MASK_STRIDE
+    if not 1 <= stride <= finest:
         raise UserError(
-            f"MODEL.DETR.MASK_STRIDE is {detr.MASK_STRIDE}; it must be {finest}, the stride of the "
-            f"backbone's finest map ({finer[-1]}), or a power of two below it."
+            f"MODEL.DETR.MASK_STRIDE is {stride}; it must be 1 to {finest}, the stride of the "
+            f"backbone's finest map ({finer[-1]})."
         )
+    pixel_stride = stride if stride < finest else 0
     around_boxes = detr.BOX_HEAD != "absolute"
     sizes = detr.HIDDEN_DIM, detr.NHEADS
-    return MaskHead(*sizes, finer, channels, strides, around_boxes, detr.MASK_DIM)
+    return MaskHead(*sizes, finer, channels, pixel_stride, around_boxes, detr.MASK_DIM)
 
 
 def build_panoptic(cfg: CfgNode) -> PanopticMerger:

@@ -1,7 +1,8 @@
 """Instance and panoptic masks from attention over the encoded image (DETR, section 4.4, figure 8).
 
-Shapes: B images, Q queries, P pairs of an image and one of its queries, C channels, M heads, h and
-w of the memory's map, H and W of the finest map (the backbone's, of stride 4).
+Shapes: B images, Q queries, P pairs of an image and one of its queries, C channels, M heads, E
+channels of an embedding, h and w of the memory's map, H and W of masks (stride 4, the backbone's
+finest map, or less).
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class SharedMaps(NamedTuple):
     """(B, width, h, w) the first convolution of the neck's tokens"""
     finer: list[Tensor]
     """(B, width, ...) from coarse to fine"""
+    pixels: Tensor | None
+    """(B, E, H, W)"""
 
 
 class MaskHead(nn.Module):
@@ -62,7 +65,7 @@ class MaskHead(nn.Module):
         num_heads: int,
         in_features: Sequence[str],
         in_channels: Sequence[int],
-        pixel_strides: Sequence[int] = (),
+        pixel_stride: int = 0,
         around_boxes: bool = False,
         width: int = 0,
     ):
@@ -72,8 +75,10 @@ class MaskHead(nn.Module):
             num_heads: M, attention maps per query.
             in_features: names of the backbone maps finer than the memory's, from coarse to fine.
             in_channels: of each of them.
-            pixel_strides: of further steps, beside the image itself; not in the original, for
-                objects with finer outlines than the backbone's maps.
+            pixel_stride: of masks finer than the backbone's maps, for objects with finer outlines;
+                not in the original. A mask is then the product of an embedding of each pixel and
+                one that the query has there (as in MaskFormer, Cheng et al., 2021, section 3.3,
+                where a query has one for the whole image). 0: masks of the finest map.
             around_boxes: attention falls off around a query's box, each head's at a rate of its own
                 (SMCA, Gao et al., 2021, section 3.2), one more map says where the box is, and the
                 query's content is added to all places: stuff and things differ from the start.
@@ -85,13 +90,11 @@ class MaskHead(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.in_features = list(in_features)
-        self.pixel_strides = list(pixel_strides)
         self.q_proj = nn.Linear(hidden_dim, hidden_dim)
         self.k_proj = nn.Linear(hidden_dim, hidden_dim)
         width = width or hidden_dim
         widths = [width + num_heads]
-        steps = len(self.in_features) + len(self.pixel_strides)
-        widths += [max(width // 2 ** (i + 1), 16) for i in range(steps + 1)]
+        widths += [max(width // 2 ** (i + 1), 16) for i in range(len(self.in_features) + 1)]
         self.convs = nn.ModuleList(
             nn.Conv2d(channels, next_channels, kernel_size=3, padding=1)
             for channels, next_channels in zip(
@@ -99,19 +102,16 @@ class MaskHead(nn.Module):
             )
         )
         self.norms = nn.ModuleList(nn.GroupNorm(gcd(8, channels), channels) for channels in widths)
-        of_maps, of_pixels = widths[1 : len(in_channels) + 1], widths[len(in_channels) + 1 : -1]
         self.adapters = nn.ModuleList(
             nn.Conv2d(channels, finer, kernel_size=1)
-            for channels, finer in zip(in_channels, of_maps, strict=True)
+            for channels, finer in zip(in_channels, widths[1:-1], strict=True)
         )
-        self.adapters += [
-            pixel_adapter(stride, finer)
-            for stride, finer in zip(self.pixel_strides, of_pixels, strict=True)
-        ]
+        self.pixels = PixelEmbedding(pixel_stride, in_channels[-1]) if pixel_stride else None
+        channels = 1 if self.pixels is None else 1 + self.pixels.dim
+        self.out = nn.Conv2d(widths[-1], channels, kernel_size=3, padding=1)
         rates = torch.linspace(-2, 2, num_heads)  # softplus: 0.13 to 2.13
         self.fall_off = nn.Parameter(rates) if around_boxes else None
         self.content_proj = nn.Linear(hidden_dim, widths[0]) if around_boxes else None
-        self.out = nn.Conv2d(widths[-1], 1, kernel_size=3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
@@ -142,10 +142,10 @@ class MaskHead(nn.Module):
 
     def _logits(self, source: MaskSource, images: Tensor, queries: Tensor) -> Tensor:
         shared = self.shared(source)
-        maps = self.attention_maps(source, images, queries)
-        if self.content_proj is not None:
-            inside = torch.exp(-self._squared_distance(source, images, queries))
-            maps = torch.cat((maps, inside[:, None]), dim=1)
+        squared = None if self.fall_off is None else squared_distance(source, images, queries)
+        maps = self.attention_maps(source, images, queries, squared)
+        if squared is not None:
+            maps = torch.cat((maps, torch.exp(-squared)[:, None]), dim=1)
         maps = maps.unflatten(-1, tuple(source.memory.level_shapes[0]))
         # The first convolution of [projected; maps], whose first part is the same for all queries.
         x = shared.coarse.index_select(0, images)
@@ -162,7 +162,12 @@ class MaskHead(nn.Module):
                 x, size=finer.shape[-2:], mode="nearest"
             )
             x = norm(convolution(x)).relu()
-        return self.out(x).squeeze(1)
+        x = self.out(x)
+        if shared.pixels is None:
+            return x.squeeze(1)
+        pixels = shared.pixels.index_select(0, images)
+        x = F.interpolate(x, size=pixels.shape[-2:], mode="bilinear")
+        return x[:, 0] + (x[:, 1:] * pixels).sum(1)
 
     def shared(self, source: MaskSource) -> SharedMaps:
         """Made once, however many times masks are asked for."""
@@ -175,49 +180,71 @@ class MaskHead(nn.Module):
         projected = source.projected.transpose(1, 2).unflatten(-1, (height, width))
         weight = self.convs[0].weight[:, : projected.shape[1]]
         finer_maps = [source.features[name] for name in self.in_features]
-        finer_maps += [source.pixels] * len(self.pixel_strides)
+        pixels = None if self.pixels is None else self.pixels(source.pixels, finer_maps[-1])
         return SharedMaps(
             self.k_proj(source.memory.tokens),
             F.conv2d(projected, weight, self.convs[0].bias, padding=1),
             [adapter(x) for adapter, x in zip(self.adapters, finer_maps, strict=True)],
+            pixels,
         )
 
-    def attention_maps(self, source: MaskSource, images: Tensor, queries: Tensor) -> Tensor:
-        """(P, M, h*w): softmax over heads and places together, nothing on padding."""
+    def attention_maps(
+        self, source: MaskSource, images: Tensor, queries: Tensor, squared: Tensor | None = None
+    ) -> Tensor:
+        """(P, M, h*w): softmax over heads and places together, nothing on padding; `squared` as
+        `squared_distance` gives it, for a head that works around boxes."""
         content = source.content[images, queries]
         query = self.q_proj(content).unflatten(-1, (self.num_heads, -1))  # (P, M, C / M)
         key = self.shared(source).keys.unflatten(-1, (self.num_heads, -1))
         scale = query.shape[-1] ** -0.5
         scores = torch.einsum("pmc,psmc->pms", query * scale, key[images]).float()
-        if self.fall_off is not None:
-            squared = self._squared_distance(source, images, queries)
+        if squared is not None:
             scores = scores - F.softplus(self.fall_off.float())[:, None] * squared[:, None]
         padding = source.memory.padding[images][:, None]
         scores = scores.masked_fill(padding, float("-inf"))
         return scores.flatten(1).softmax(-1).view_as(scores)
 
-    @staticmethod
-    def _squared_distance(source: MaskSource, images: Tensor, queries: Tensor) -> Tensor:
-        """(P, h*w): squared, from the box's centre; 1 where an ellipse in the box ends."""
-        memory = source.memory
-        places = token_centres(memory.level_shapes, memory.valid_ratios)[images]
-        boxes = source.boxes[images, queries].detach().float()[:, None]
-        return ((places - boxes[..., :2]) / (boxes[..., 2:] / 2).clamp(min=1e-3)).square().sum(-1)
+
+def squared_distance(source: MaskSource, images: Tensor, queries: Tensor) -> Tensor:
+    """(P, h*w): squared, from the box's centre; 1 where an ellipse in the box ends."""
+    memory = source.memory
+    places = token_centres(memory.level_shapes, memory.valid_ratios)[images]
+    boxes = source.boxes[images, queries].detach().float()[:, None]
+    return ((places - boxes[..., :2]) / (boxes[..., 2:] / 2).clamp(min=1e-3)).square().sum(-1)
 
 
-def pixel_adapter(stride: int, channels: int) -> nn.Sequential:
-    """(B, 3, H, W) -> (B, channels, H / stride, W / stride), rounded up. What pixels belong to an
-    outline is found once per image here, not once per query."""
-    inner = 64
-    return nn.Sequential(
-        nn.Conv2d(3, inner, kernel_size=2 * stride + 1, stride=stride, padding=stride),
-        nn.GroupNorm(8, inner),
-        nn.ReLU(),
-        nn.Conv2d(inner, inner, kernel_size=3, padding=1),
-        nn.GroupNorm(8, inner),
-        nn.ReLU(),
-        nn.Conv2d(inner, channels, kernel_size=3, padding=1),
-    )
+class PixelEmbedding(nn.Module):
+    """What a pixel and its neighbours look like, beside the backbone's finest map. Outlines are
+    found here once per image, not once per query."""
+
+    def __init__(self, stride: int, in_channels: int, width: int = 32, dim: int = 16):
+        """
+        Args:
+            stride: of the result.
+            in_channels: of the backbone's finest map.
+            width: channels on the way.
+            dim: E.
+        """
+        super().__init__()
+        self.dim = dim
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, kernel_size=2 * stride + 1, stride=stride, padding=stride),
+            nn.GroupNorm(8, width),
+            nn.ReLU(),
+        )
+        self.adapter = nn.Conv2d(in_channels, width, kernel_size=1)
+        self.refine = nn.Sequential(
+            nn.Conv2d(width, width, kernel_size=3, padding=1),
+            nn.GroupNorm(8, width),
+            nn.ReLU(),
+            nn.Conv2d(width, dim, kernel_size=3, padding=1),
+        )
+
+    def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
+        """(B, 3, H_image, W_image), (B, in_channels, ...) -> (B, E, H, W), H and W rounded up."""
+        x = self.stem(pixels)
+        features = self.adapter(features)
+        return self.refine(x + F.interpolate(features, size=x.shape[-2:], mode="bilinear"))
 
 
 def resize_masks(

@@ -119,15 +119,16 @@ class Detr(nn.Module):
             # First, so that no copy to the device has to wait for the forward pass.
             targets = self.prepare_targets(batched_inputs)
             if self.frozen_detector:  # only its last word is needed, and no denoising
-                predictions, _ = self._predict(batched_inputs, last_only=True)
+                predictions = self.predict_all(batched_inputs, last_only=True)
                 predictions.proposals = None
             else:
-                predictions, _ = self._predict(batched_inputs, targets)
+                predictions = self.predict_all(batched_inputs, targets)
             losses = self.criterion(predictions, targets, object_counts)
             if self.frozen_detector:
                 return {name: losses[name] for name in ("loss_mask", "loss_dice")}
             return losses
-        predictions, padded_size = self._predict(batched_inputs, last_only=True)
+        predictions = self.predict_all(batched_inputs, last_only=True)
+        padded_size = predictions.padded_size
         results = self.inference(predictions.layers[-1], batched_inputs)
         if predictions.masks is not None:
             add_masks(results, predictions.masks, batched_inputs, padded_size, self.mask_threshold)
@@ -152,18 +153,24 @@ class Detr(nn.Module):
             Per layer: logits (B, Q, K), boxes (B, Q, 4) cxcywh, normalised to the image as it
             was given, without padding.
         """
-        return self._predict(batched_inputs)[0].layers
+        return self.predict_all(batched_inputs).layers
 
-    def _predict(
+    def predict_all(
         self,
         batched_inputs: Sequence[dict[str, Any]],
         targets: Sequence[Target] | None = None,
         last_only: bool = False,
-    ) -> tuple[Predictions, tuple[int, int]]:
-        """What the transformer says, and height and width of the padded batch."""
+    ) -> Predictions:
+        """Everything the transformer says.
+
+        Args:
+            targets: for denoising queries, in training.
+            last_only: nothing but the last layer's predictions is needed.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_detector):
             memory, features, pixels = self._encode(batched_inputs)
             predictions = self.transformer(memory, targets, last_only=last_only)
+        predictions.padded_size = tuple(pixels.shape[-2:])
         if self.mask_head is not None:
             device = pixels.device.type
             autocast = (
@@ -179,7 +186,7 @@ class Detr(nn.Module):
                 autocast,
             )
             predictions.masks = partial(self.mask_head, source)
-        return predictions, tuple(pixels.shape[-2:])
+        return predictions
 
     def encode_images(self, batched_inputs: Sequence[dict[str, Any]]) -> Memory:
         """Tokens of the images, as the encoder is given them."""
