@@ -5,13 +5,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.engine import HookBase
+from detectron2.modeling import build_model
 from torch import nn
 
 from detr_d2.engine import DetrTrainer
-from detr_d2.engine.diagnose import DivergedError, watch_outputs
+from detr_d2.engine.diagnose import DivergedError, find_non_finite_module, watch_outputs
+from detr_d2.engine.precision import Precision
 from detr_d2.errors import UserError
 from detr_d2.structures import LayerOutput
 
+from .helpers import random_inputs, tiny_cfg
+from .test_masks import MASKS, inputs_with_masks
 from .training import registered_rectangles, training_cfg
 
 
@@ -38,6 +42,30 @@ class At(HookBase):
     def before_step(self):
         if self.trainer.iter == self.iteration:
             self.action()
+
+
+def test_all_that_training_computes_is_looked_at():
+    """Also what detection alone does without: masks, and queries made from ground truth."""
+    for name, options in (
+        ("mask_head.convs.1", (*MASKS, "MODEL.DETR.FROZEN_WEIGHTS", "x.pth")),
+        ("mask_head.convs.1", MASKS),
+        ("transformer.denoising.label_embedding", ()),
+    ):
+        torch.manual_seed(0)
+        model = build_model(tiny_cfg(*options, config="fast_tiny")).train()
+        nn.init.constant_(model.get_submodule(name).weight, float("nan"))
+        found = find_non_finite_module(model, [inputs_with_masks()], Precision("cpu", False))
+        assert found == name
+
+
+def test_synchronised_norms_wait_for_nobody():
+    model = build_model(tiny_cfg())
+    model.backbone = nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
+    norm = next(m for m in model.modules() if isinstance(m, nn.SyncBatchNorm))
+    before = norm.running_mean.clone()
+    batches = [random_inputs([(64, 64)], [1])]
+    assert find_non_finite_module(model.train(), batches, Precision("cpu")) is None
+    assert torch.equal(norm.running_mean, before) and norm.training
 
 
 def test_module_iteration_rate_and_images_are_named(make_trainer, tmp_path):

@@ -47,12 +47,23 @@ def find_non_finite_module(
     model: nn.Module, batches: Sequence[list[dict[str, Any]]], precision: Precision
 ) -> str | None:
     """Name of the first module, in the order of computation, whose output is not finite."""
-    # Not the distributed wrapper nor the criterion: both would wait for the other processes.
+    # Not the distributed wrapper, the criterion, nor the statistics of synchronised norms: they
+    # would wait for the other processes.
     model = getattr(model, "module", model)
-    with torch.no_grad(), watch_outputs(model) as found:
-        for batch in batches:
-            with precision.autocast():
-                model.predict(batch)
+    synchronised = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    for norm in synchronised:
+        norm.eval()
+    try:
+        with torch.no_grad(), watch_outputs(model) as found:
+            for batch in batches:
+                with precision.autocast():
+                    predictions = model.predict_all(batch, model.prepare_targets(batch))
+                if predictions.masks is not None:
+                    first = torch.zeros(1, dtype=torch.int64, device=model.device)
+                    predictions.masks(first, first)
+    finally:
+        for norm in synchronised:
+            norm.train()
     return found[0] if found else None
 
 
