@@ -12,6 +12,7 @@ from pycocotools import mask as mask_util
 from detr_d2.data import DetrDatasetMapper, digit_panoptic, digit_scenes, register_digit_panoptic
 from detr_d2.data import register_digit_scenes as register_scenes
 from detr_d2.data.dataset_mapper import build_augmentation
+from detr_d2.data.loader import build_train_loader, filter_empty_images
 from detr_d2.data.segments import id_to_rgb, read_segments, rgb_to_id
 from detr_d2.errors import UserError
 from detr_d2.evaluation import build_evaluator
@@ -79,6 +80,29 @@ def test_the_mapper_moves_segments_with_the_image(record):
     assert instances.gt_boxes.tensor.tolist() == [[6, 4, 26, 16], [0, 0, 60, 40]]
     assert instances.gt_masks.tensor.shape == (2, 40, 60)
     assert instances.gt_masks.tensor[0].sum() == 240
+
+
+def test_segments_are_trained_on_without_masks_too(record):
+    """The first stage of DETR's panoptic recipe: boxes of things and stuff."""
+    augmentations = build_augmentation(True, min_size=20, max_size=100, flip="none")
+    instances = DetrDatasetMapper(True, augmentations=augmentations)(record)["instances"]
+    assert instances.gt_classes.tolist() == [3, 2] and not instances.has("gt_masks")
+    assert instances.gt_boxes.tensor.tolist() == [[3, 2, 13, 8], [0, 0, 30, 20]]
+
+
+def test_images_with_segments_are_filtered_and_repeated(record):
+    crowd = {**record, "segments_info": [{"id": 5, "category_id": 1, "iscrowd": 1}]}
+    semantic = {"file_name": "a.png", "sem_seg_file_name": "b.png", "height": 1, "width": 1}
+    assert filter_empty_images([record, crowd, semantic, {}]) == [record, semantic]
+    loader = build_train_loader(
+        [record, semantic],
+        mapper=dict,
+        seed=0,
+        total_batch_size=1,
+        sampler="RepeatFactorTrainingSampler",
+        repeat_threshold=0.001,
+    )
+    assert next(iter(loader.batch_sampler))[0][0] in (0, 1)
 
 
 def test_what_does_not_fit_is_named(record, tmp_path):

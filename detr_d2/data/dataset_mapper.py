@@ -26,7 +26,7 @@ from .annotations import (
 )
 from .image import UnreadableImageError, read_image
 from .resize import ResizeShortestEdge, ResizeShortestEdgePerBatch
-from .segments import has_segments, read_segments
+from .segments import read_annotations
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class DetrDatasetMapper:
             is_train: otherwise ground truth is left out, and every image must be readable.
             augmentations: see `build_augmentation`.
             image_format: "RGB" or "BGR", whichever the backbone's weights were trained with.
-            use_instance_mask: whether to keep the objects' masks; otherwise they are not looked at.
+            use_instance_mask: whether to keep the objects' masks; otherwise they are left out.
             instance_mask_format: "bitmask" (rasterised before the augmentation, as in the original)
                 or "polygon" (with a crop it needs shapely).
             faulty_annotations: "drop" or "error", see `detr_d2.data.annotations.check_annotations`.
@@ -202,11 +202,8 @@ class DetrDatasetMapper:
         channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
         output["image"] = torch.from_numpy(channels_first)
         if self.is_train:
-            annotations = dataset_dict.get("annotations", [])
-            if self.use_instance_mask and has_segments(dataset_dict):
-                annotations = read_segments(dataset_dict)
             output["instances"] = self._instances(
-                {**output, "annotations": annotations},
+                {**output, "annotations": read_annotations(dataset_dict)},
                 transforms,
                 augmented.image.shape[:2],
             )

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
-from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -27,6 +26,7 @@ from ..errors import UserError
 from .annotations import check_annotations
 from .classes import resolve_num_classes
 from .dataset_mapper import DetrDatasetMapper
+from .segments import listed_objects
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def build_train_loader(
         indices = TrainingSampler(len(dataset), seed=seed)
     elif sampler == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dataset, repeat_threshold
+            [{"annotations": listed_objects(d) or []} for d in dataset], repeat_threshold
         )
         indices = RepeatFactorTrainingSampler(factors, seed=seed)
     else:
@@ -219,17 +219,33 @@ def build_training_dicts(
             DatasetCatalog.get(name), faulty_annotations, name, num_classes=num_classes, masks=masks
         )
     if filter_empty:
-        dataset_dicts = filter_images_with_only_crowd_annotations(dataset_dicts)
+        dataset_dicts = filter_empty_images(dataset_dicts)
     if not dataset_dicts:
         raise UserError(f"DATASETS.TRAIN ({', '.join(names)}) has no image to train on.")
     warn_of_few_queries(dataset_dicts, num_queries)
     return dataset_dicts
 
 
+def filter_empty_images(dataset_dicts: Sequence[dict]) -> list[dict]:
+    """The images with an object that is no crowd, and those that only a semantic picture tells of:
+    which of these are empty takes opening them all."""
+    kept = [
+        d
+        for d in dataset_dicts
+        if (listed := listed_objects(d)) is None or any(not x.get("iscrowd", 0) for x in listed)
+    ]
+    logger.info(
+        "Left out %d images without objects of %d.",
+        len(dataset_dicts) - len(kept),
+        len(dataset_dicts),
+    )
+    return kept
+
+
 def warn_of_few_queries(dataset_dicts: Sequence[dict], num_queries: int) -> None:
     """Objects beyond the number of queries can never be detected."""
     counts = [
-        sum(not annotation.get("iscrowd", 0) for annotation in d.get("annotations", ()))
+        sum(not listed.get("iscrowd", 0) for listed in listed_objects(d) or ())
         for d in dataset_dicts
     ]
     crowded = sum(count > num_queries for count in counts)

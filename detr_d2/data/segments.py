@@ -26,6 +26,21 @@ def has_segments(dataset_dict: dict[str, Any]) -> bool:
     return "sem_seg_file_name" in dataset_dict and "annotations" not in dataset_dict
 
 
+def listed_objects(dataset_dict: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """What says each object's class and whether it is a crowd, without opening a picture; None for
+    a semantic picture, which lists nothing."""
+    if "pan_seg_file_name" in dataset_dict:
+        return dataset_dict["segments_info"]
+    return None if has_segments(dataset_dict) else dataset_dict.get("annotations", [])
+
+
+def read_annotations(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """The annotations of an image, wherever they are; see `read_segments`."""
+    if has_segments(dataset_dict):
+        return read_segments(dataset_dict)
+    return dataset_dict.get("annotations", [])
+
+
 def read_segments(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
     """Annotations in detectron2's format, with masks, of an image with a picture of segments.
 
