@@ -160,6 +160,25 @@ def test_masks_are_not_even_looked_at_unless_asked_for(image):
     assert not resize_only(30)(image)["instances"].has("gt_masks")
 
 
+UNUSABLE = {
+    "flat polygon": [4.0, 6.0, 14.0, 6.0, 14.0, 18.0],
+    "two points": [[4.0, 6.0, 14.0, 6.0]],
+    "another size": {"counts": [0, 1200], "size": [WIDTH, HEIGHT]},
+    "half a size": {"counts": [0, 1200], "size": [HEIGHT]},
+    "no counts": {"size": [HEIGHT, WIDTH]},
+}
+
+
+@pytest.mark.parametrize("fault", UNUSABLE)
+def test_a_segmentation_that_cannot_be_used_is_told(image, fault):
+    image["annotations"][0]["segmentation"] = UNUSABLE[fault]
+    image["annotations"][1]["segmentation"] = [[25.0, 3.0, 33.0, 3.0, 33.0, 23.0]]
+    assert len(resize_only(30)(image)["instances"]) == 2
+    assert len(resize_only(30, use_instance_mask=True)(image)["instances"]) == 1
+    with pytest.raises(FaultyAnnotationError, match="11: has no segmentation that .*polygons"):
+        check_annotations([image], "error", masks=True)
+
+
 def test_masks_of_every_form_agree(image):
     """The same rectangle as polygon, as run lengths and as compressed run lengths."""
     rectangle = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
@@ -201,7 +220,7 @@ def test_polygon_masks(image):
 def test_an_object_without_a_mask_is_dropped_where_masks_are_needed(image):
     image["annotations"][1]["segmentation"] = [[25.0, 3.0, 33.0, 3.0, 33.0, 23.0]]
     assert resize_only(30, use_instance_mask=True)(image)["instances"].gt_classes.tolist() == [0]
-    with pytest.raises(FaultyAnnotationError, match="annotation 11: has no segmentation"):
+    with pytest.raises(FaultyAnnotationError, match="annotation 11: has no segmentation that"):
         resize_only(30, use_instance_mask=True, faulty_annotations="error")(image)
 
 

@@ -109,6 +109,11 @@ def test_what_does_not_fit_is_named(record, tmp_path):
     record["segments_info"].append({"id": 77, "category_id": 0})
     with pytest.raises(UserError, match="segments.png has no pixel of segment 77"):
         read_segments(record)
+    with pytest.raises(UserError, match=r"segments.png has 30x20 pixels, .*image.png 31x20"):
+        read_segments({**record, "width": 31})
+    Image.new("L", (30, 20)).save(tmp_path / "segments.png")
+    with pytest.raises(UserError, match="segments.png is not in colour.*save it as RGB"):
+        read_segments(record)
     (tmp_path / "segments.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="Cannot read the picture of segments .*segments.png"):
         read_segments(record)

@@ -163,7 +163,8 @@ def test_images_without_objects_are_kept(files):
 
 
 def test_a_useless_segmentation_does_not_cost_the_object_its_box(files):
-    for useless in ([], [[]], [[1, 2, 3, 4]], None, {}):
+    sizes = [{"counts": "", "size": size} for size in ([10], [20, 10], 10)]
+    for useless in ([], [[]], [[1, 2, 3, 4]], [1, 2, 3, 4, 5, 6], None, {}, *sizes):
 
         def spoil(content, value=useless):
             content["annotations"][0]["segmentation"] = value

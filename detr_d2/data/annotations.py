@@ -59,7 +59,7 @@ def find_faulty_annotations(
     Args:
         dataset_dicts: images in detectron2's standard format; `height` and `width` where known.
         num_classes: also report category ids outside 0..num_classes-1.
-        masks: also report annotations without a segmentation.
+        masks: also report annotations without a segmentation that can be used.
 
     Returns:
         one entry per faulty annotation, in the order of the data set, with the first reason found.
@@ -88,7 +88,7 @@ def find_faulty_annotations(
     for i, (place, annotation) in enumerate(zip(places, annotations, strict=True)):
         if i in reasons:
             faults.append(_fault(dataset_dicts, place, f"{_shown(annotation)} {reasons[i]}"))
-        elif reason := _label_fault(annotation, num_classes, masks):
+        elif reason := _label_fault(annotation, dataset_dicts[place[0]], num_classes, masks):
             faults.append(_fault(dataset_dicts, place, reason))
     return faults
 
@@ -145,7 +145,7 @@ def check_annotations(
             data set.
         dataset_name: for the message.
         num_classes: also check category ids against 0..num_classes-1.
-        masks: also check that every annotation has a segmentation.
+        masks: also check that every annotation has a segmentation that can be used.
 
     Returns:
         the same images in the same order, without faulty annotations; nothing given is modified.
@@ -180,6 +180,23 @@ def check_annotations(
         )
     logger.warning("%s are left out (INPUT.FAULTY_ANNOTATIONS 'drop').%s", summary, _listed(faults))
     return drop_annotations(dataset_dicts, faults)
+
+
+def usable_segmentation(
+    segmentation: Any, height: int | None, width: int | None
+) -> list | dict | None:
+    """What of a COCO segmentation is an area: its polygons of three or more points, or a run-length
+    mask of the image's size (of any, where that is None); None where nothing is."""
+    if isinstance(segmentation, list):
+        polygons = [p for p in segmentation if isinstance(p, (list, tuple, np.ndarray))]
+        return [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0] or None
+    if not isinstance(segmentation, dict):
+        return None
+    counts, size = segmentation.get("counts"), segmentation.get("size")
+    if not isinstance(counts, (list, str, bytes)) or not isinstance(size, (list, tuple)):
+        return None
+    fits = None in (height, width) or list(size) == [height, width]
+    return segmentation if fits and len(size) == 2 else None
 
 
 def drop_annotations(dataset_dicts: list[dict], faults: list[FaultyAnnotation]) -> list[dict]:
@@ -241,11 +258,15 @@ def _to_xyxy(numbers: np.ndarray, annotations: list[dict]) -> np.ndarray:
     return boxes
 
 
-def _label_fault(annotation: dict, num_classes: int | None, masks: bool) -> str | None:
+def _label_fault(annotation: dict, image: dict, num_classes: int | None, masks: bool) -> str | None:
     if num_classes is not None and not 0 <= annotation["category_id"] < num_classes:
         return f"category id {annotation['category_id']} is not within 0..{num_classes - 1}"
-    if masks and not annotation.get("segmentation"):
-        return "has no segmentation, which MODEL.MASK_ON needs"
+    size = image.get("height"), image.get("width")
+    if masks and usable_segmentation(annotation.get("segmentation"), *size) is None:
+        return (
+            "has no segmentation that MODEL.MASK_ON can use: a list of polygons "
+            "[[x, y, x, y, x, y, ...], ...] or a run-length mask of the image's size"
+        )
     return None
 
 

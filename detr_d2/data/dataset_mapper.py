@@ -23,6 +23,7 @@ from .annotations import (
     check_mode,
     drop_annotations,
     find_faulty_annotations,
+    usable_segmentation,
 )
 from .image import UnreadableImageError, read_image
 from .resize import ResizeShortestEdge, ResizeShortestEdgePerBatch
@@ -197,13 +198,14 @@ class DetrDatasetMapper:
                 f"resized or cropped as INPUT asks ({error}): remove it from the data set."
             ) from error
         output = {k: v for k, v in dataset_dict.items() if k not in ("annotations", "batch_seed")}
-        output["height"], output["width"] = image.shape[:2]
+        size = dict(zip(("height", "width"), image.shape[:2], strict=True))
+        output.update(size)
         # Reversed channels and flips are views with negative strides, which torch does not take.
         channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
         output["image"] = torch.from_numpy(channels_first)
         if self.is_train:
             output["instances"] = self._instances(
-                {**output, "annotations": read_annotations(dataset_dict)},
+                {**output, "annotations": read_annotations({**dataset_dict, **size})},
                 transforms,
                 augmented.image.shape[:2],
             )
@@ -262,7 +264,9 @@ class DetrDatasetMapper:
     def _with_needed_fields(self, annotation: dict, image: dict) -> dict:
         needed = {key: annotation[key] for key in ("bbox", "bbox_mode", "category_id")}
         if self.use_instance_mask:
-            segmentation = annotation["segmentation"]
+            segmentation = usable_segmentation(
+                annotation["segmentation"], image["height"], image["width"]
+            )
             if self.instance_mask_format == "bitmask":
                 segmentation = to_rle(segmentation, image["height"], image["width"])
             elif isinstance(segmentation, dict):

@@ -14,13 +14,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
+from .annotations import usable_segmentation
 from .coco_json import DatasetError, is_complete_for_evaluation, is_crowd, read_coco_json
 from .dataset_mapper import to_rle
 
@@ -124,7 +124,8 @@ def load_coco_dataset(json_file: str, image_dir: str) -> list[dict]:
     """COCO-format annotations as detectron2's standard dictionaries, one per image, in file order.
 
     Boxes stay as they are written (xywh in pixels), crowds too; each annotation keeps its id. An
-    annotation whose segmentation is no area, such as a polygon of two points, keeps its box alone.
+    annotation whose segmentation is no area, such as a polygon of two points, or is of another size
+    than the image, keeps its box alone.
 
     Raises:
         DatasetError: see `read_coco_json`.
@@ -152,9 +153,12 @@ def load_coco_dataset(json_file: str, image_dir: str) -> list[dict]:
             "category_id": contiguous_ids[annotation["category_id"]],
             "iscrowd": is_crowd(annotation),
         }
-        if segmentation := _usable_segmentation(annotation.get("segmentation")):
-            loaded["segmentation"] = segmentation
-        images[annotation["image_id"]]["annotations"].append(loaded)
+        image = images[annotation["image_id"]]
+        size = image["height"], image["width"]
+        if segmentation := usable_segmentation(annotation.get("segmentation"), *size):
+            is_rle = isinstance(segmentation, dict)
+            loaded["segmentation"] = to_rle(segmentation, *size) if is_rle else segmentation
+        image["annotations"].append(loaded)
     return list(images.values())
 
 
@@ -236,12 +240,3 @@ def _check_images_exist(
         logger.warning("%s", message)
         return
     raise DatasetError(message)
-
-
-def _usable_segmentation(segmentation: Any) -> list | dict | None:
-    """Polygons of three or more points, or a compressed run-length mask; else None or empty."""
-    if isinstance(segmentation, list):
-        return [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
-    if isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
-        return to_rle(segmentation, *segmentation["size"])
-    return None

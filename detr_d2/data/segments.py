@@ -45,24 +45,37 @@ def read_segments(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
     """Annotations in detectron2's format, with masks, of an image with a picture of segments.
 
     Raises:
-        UserError: the picture cannot be read, or holds no segment that it should.
+        UserError: the picture cannot be read, is of another size than the image, or lacks a
+            segment.
     """
     if "pan_seg_file_name" in dataset_dict:
         return _panoptic(dataset_dict)
     classes = _read(dataset_dict["sem_seg_file_name"])
     classes = classes[..., 0] if classes.ndim == 3 else classes
+    _check_size(dataset_dict["sem_seg_file_name"], classes, dataset_dict)
     present = [int(name) for name in np.unique(classes) if name != NO_CLASS]
     return [to_annotation(classes == name, name) for name in present]
 
 
 def read_segment_ids(path: str) -> np.ndarray:
-    """(H, W) int64, the segment of each pixel of a panoptic picture."""
-    return rgb_to_id(_read(path))
+    """(H, W) int64, the segment of each pixel of a panoptic picture.
+
+    Raises:
+        UserError: the picture cannot be read, or is grey.
+    """
+    picture = _read(path)
+    if picture.ndim != 3 or picture.shape[2] < 3:
+        raise UserError(
+            f"The panoptic picture {path} is not in colour, but a segment's id is "
+            "R + 256 G + 256² B: save it as RGB."
+        )
+    return rgb_to_id(picture)
 
 
 def _panoptic(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
     path = dataset_dict["pan_seg_file_name"]
     ids = read_segment_ids(path)
+    _check_size(path, ids, dataset_dict)
     annotations = []
     for segment in dataset_dict["segments_info"]:
         mask = ids == segment["id"]
@@ -74,6 +87,16 @@ def _panoptic(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
         annotation = to_annotation(mask, segment["category_id"])
         annotations.append({**annotation, "iscrowd": segment.get("iscrowd", 0)})
     return annotations
+
+
+def _check_size(path: str, picture: np.ndarray, dataset_dict: dict[str, Any]) -> None:
+    height, width = picture.shape
+    said = dataset_dict.get("width", width), dataset_dict.get("height", height)
+    if said != (width, height):
+        raise UserError(
+            f"The picture of segments {path} has {width}x{height} pixels, its image "
+            f"{dataset_dict.get('file_name')} {said[0]}x{said[1]}: the two must be of one size."
+        )
 
 
 def to_annotation(mask: np.ndarray, category_id: int) -> dict[str, Any]:
