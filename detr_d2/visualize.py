@@ -15,8 +15,9 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
+from .data.annotations import usable_segmentation
 from .data.image import read_image
-from .data.segments import read_segment_ids
+from .data.segments import read_annotations, read_segment_ids
 from .engine.compare import Result
 
 # Height of one drawn image, in pixels, so that small images stay legible.
@@ -75,16 +76,21 @@ def draw_pair(
         instances = result["instances"].to("cpu")
         instances = instances[instances.scores >= score_threshold]
         predicted.draw_instance_predictions(instances)
-        kept = {"bbox", "bbox_mode", "category_id"}
-        kept |= {"segmentation"} if instances.has("pred_masks") else set()
-        annotations = [
-            {key: value for key, value in annotation.items() if key in kept}
-            for annotation in dataset_dict.get("annotations", [])
-        ]
+        size = image.shape[:2] if instances.has("pred_masks") else None
+        annotations = [_to_draw(a, size) for a in read_annotations(dataset_dict)]
         truth.draw_dataset_dict({"annotations": annotations})
         count = len(instances)
     drawn = [_fit_height(each.output.get_image()) for each in (predicted, truth)]
     return np.hstack([*drawn, np.full((HEIGHT, 24, 3), 255, np.uint8)]), count
+
+
+def _to_draw(annotation: dict[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:
+    """Box and class, and with the image's size, (height, width), the mask."""
+    kept = {key: annotation[key] for key in ("bbox", "bbox_mode", "category_id")}
+    if size is not None:
+        # detectron2 wants masks of all objects or of none; of an empty one it draws nothing.
+        kept["segmentation"] = usable_segmentation(annotation.get("segmentation"), *size) or []
+    return kept
 
 
 def _true_segments(

@@ -147,6 +147,35 @@ def test_masks_are_compared_by_masks(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lack", ["no key", "empty", "flat", "another size"])
+def test_objects_without_a_mask_are_ignored(backend, lack, caplog):
+    """Two objects; the second, and what is found in its box, must not count: AP of one found."""
+    square = [[0, 0, 10, 0, 10, 10, 0, 10]]
+    annotations = [
+        {"image_id": 1, "category_id": 7, "bbox": [0, 0, 10, 10], "segmentation": square},
+        {"image_id": 1, "category_id": 7, "bbox": [50, 50, 10, 10]},
+    ]
+    useless = {"empty": [], "flat": square[0], "another size": {"size": [9, 9], "counts": "Q3"}}
+    if lack in useless:
+        annotations[1]["segmentation"] = useless[lack]
+    ground_truth = {
+        "images": [{"id": 1, "height": 100, "width": 100}],
+        "categories": [{"id": 7, "name": "cat"}],
+        "annotations": annotations,
+    }
+    detections = []
+    for corner, score in ((0, 0.5), (50, 0.9)):
+        mask = np.zeros((100, 100), dtype=np.uint8, order="F")
+        mask[corner : corner + 10, corner : corner + 10] = 1
+        found = {"image_id": 1, "category_id": 7, "score": score}
+        detections.append({**found, "segmentation": mask_utils.encode(mask)})
+    metrics = compute_coco_metrics(ground_truth, detections, "segm", backend=backend)
+    assert metrics.summary()["AP"] == pytest.approx(100)
+    assert "1 of 2 annotations have no segmentation" in caplog.text
+    assert "iscrowd" not in annotations[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_average_precision_derived_by_hand(backend):
     """Two objects; the best detection is false, the second finds one of them with IoU 0.6.
 

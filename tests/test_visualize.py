@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from detr_d2.data.segments import id_to_rgb
-from detr_d2.visualize import HEIGHT, draw_comparison, draw_curves
+from detr_d2.visualize import HEIGHT, draw_comparison, draw_curves, draw_pair
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +98,31 @@ def test_masks_and_panoptic_segments_are_drawn(tmp_path):
             half = drawn[20 : HEIGHT - 20, start + 20 : start + HEIGHT - 20]
             other = drawn[20 : HEIGHT - 20, start + HEIGHT + 20 : start + 2 * HEIGHT - 20]
             assert half.mean() > 40 and (half > 20).mean() > 0.9 and other.mean() < 20, start
+
+
+@pytest.mark.parametrize("with_mask", [0, 1])
+def test_an_object_without_a_mask_beside_one_with(tmp_path, with_mask):
+    Image.new("RGB", (100, 50)).save(tmp_path / "black.png")
+    MetadataCatalog.get("visualize_test").thing_classes = ["thing"]
+    annotations = [
+        {"bbox": [x, 10, 30, 30], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0} for x in (5, 60)
+    ]
+    x = annotations[with_mask]["bbox"][0]
+    annotations[with_mask]["segmentation"] = [[x, 10, x + 30, 10, x + 30, 40, x, 40]]
+    record = {"file_name": str(tmp_path / "black.png"), "annotations": annotations}
+
+    def predictor(image):
+        instances = Instances((50, 100))
+        instances.pred_boxes, instances.scores = Boxes(torch.zeros(0, 4)), torch.zeros(0)
+        instances.pred_classes = torch.zeros(0, dtype=torch.int64)
+        instances.pred_masks = torch.zeros(0, 50, 100, dtype=torch.bool)
+        return {"instances": instances}
+
+    drawn, _ = draw_pair(predictor, record, "visualize_test", 0.5)
+    truth = drawn[:, 2 * HEIGHT : 4 * HEIGHT].max(-1)
+    scale = HEIGHT / 50
+    inside = [truth[round(30 * scale), round((c + 15) * scale)] > 20 for c in (5, 60)]
+    assert inside == [with_mask == 0, with_mask == 1]
 
 
 def test_curves_are_drawn_from_metrics(tmp_path, monkeypatch):

@@ -10,10 +10,15 @@ by id, A = 4 areas (all, small, medium, large), M = 3 limits on the detections p
 
 import contextlib
 import io
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from ..data.annotations import usable_segmentation
+
+logger = logging.getLogger(__name__)
 
 AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
 
@@ -72,7 +77,8 @@ def compute_coco_metrics(
     Args:
         ground_truth: content of a COCO annotation file: images, annotations, categories. Missing
             ``area`` (the box's is taken) and ``iscrowd`` (0) are allowed, and so are annotation
-            ids that are missing, repeated or start from 0.
+            ids that are missing, repeated or start from 0. Where the task is "segm", objects
+            without a usable segmentation are ignored.
         detections: entries of a COCO results file: image_id, category_id, score and bbox (xywh in
             pixels), or segmentation (RLE) where the task is "segm". Without any detection every
             number is NaN, as in detectron2.
@@ -146,8 +152,12 @@ def _normalize_ground_truth(ground_truth: dict[str, Any], task: str) -> dict[str
 
     Annotations are numbered from 1, because pycocotools takes the id 0 for "not matched" and counts
     a detection of that object as false; no metric depends on the ids otherwise.
+
+    An object without a mask can be neither found nor missed: like a crowd it is ignored, and so are
+    detections in its box.
     """
-    annotations = []
+    annotations, maskless = [], 0
+    images = {image["id"]: image for image in ground_truth["images"]} if task == "segm" else {}
     for number, annotation in enumerate(ground_truth["annotations"], start=1):
         kept = {
             "id": number,
@@ -160,14 +170,32 @@ def _normalize_ground_truth(ground_truth: dict[str, Any], task: str) -> dict[str
         if kept["area"] is None:
             kept["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         if task == "segm":
-            kept["segmentation"] = annotation["segmentation"]
+            image = images.get(annotation["image_id"], {})
+            kept["segmentation"] = usable_segmentation(
+                annotation.get("segmentation"), image.get("height"), image.get("width")
+            )
+            if kept["segmentation"] is None:
+                maskless += 1
+                kept["iscrowd"], kept["segmentation"] = 1, [_as_polygon(annotation["bbox"])]
         annotations.append(kept)
+    if maskless:
+        logger.warning(
+            "%d of %d annotations have no segmentation that can be used: evaluation of masks "
+            "ignores these objects, and detections in their boxes.",
+            maskless,
+            len(annotations),
+        )
     return {
         "info": {},
         "images": ground_truth["images"],
         "annotations": annotations,
         "categories": ground_truth["categories"],
     }
+
+
+def _as_polygon(box: list[float]) -> list[float]:
+    x, y, width, height = box
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
 def _keep_task_fields(detections: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
