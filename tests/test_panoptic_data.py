@@ -12,7 +12,7 @@ from pycocotools import mask as mask_util
 from detr_d2.data import DetrDatasetMapper, digit_panoptic, digit_scenes, register_digit_panoptic
 from detr_d2.data import register_digit_scenes as register_scenes
 from detr_d2.data.dataset_mapper import build_augmentation
-from detr_d2.data.loader import build_train_loader, filter_empty_images
+from detr_d2.data.loader import build_train_loader, build_training_dicts, filter_empty_images
 from detr_d2.data.segments import id_to_rgb, read_segments, rgb_to_id
 from detr_d2.errors import UserError
 from detr_d2.evaluation import build_evaluator
@@ -103,6 +103,27 @@ def test_images_with_segments_are_filtered_and_repeated(record):
         repeat_threshold=0.001,
     )
     assert next(iter(loader.batch_sampler))[0][0] in (0, 1)
+
+
+def test_classes_that_the_model_does_not_have_are_named(record, tmp_path):
+    DatasetCatalog.register(name := f"segments_{tmp_path.name}", lambda: [record])
+    try:
+        build_training_dicts([name], num_classes=4, num_queries=5)
+        message = r"2 segments .* 0\.\.1, first 3 of segment 70000 in .*segments.png"
+        with pytest.raises(UserError, match=message):
+            build_training_dicts([name], num_classes=2, num_queries=5)
+    finally:
+        DatasetCatalog.remove(name)
+
+    Image.fromarray(np.array([[0, 5], [255, 1]], np.uint8)).save(tmp_path / "classes.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "small.png")
+    semantic = {"sem_seg_file_name": str(tmp_path / "classes.png")}
+    semantic["file_name"] = str(tmp_path / "small.png")
+    cfg = tiny_cfg("INPUT.MIN_SIZE_TRAIN", (20,), "MODEL.DETR.NUM_CLASSES", 5)
+    with pytest.raises(UserError, match=r"classes.png has pixels of class 5, .* 0\.\.4"):
+        DetrDatasetMapper(cfg)(semantic)
+    cfg.MODEL.DETR.NUM_CLASSES = 6
+    DetrDatasetMapper(cfg)(semantic)
 
 
 def test_what_does_not_fit_is_named(record, tmp_path):

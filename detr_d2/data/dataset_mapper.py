@@ -112,6 +112,7 @@ class DetrDatasetMapper:
         instance_mask_format: str = "bitmask",
         faulty_annotations: str = "drop",
         skip_unreadable_images: bool = False,
+        num_classes: int | None = None,
     ) -> None:
         """
         Args:
@@ -123,6 +124,7 @@ class DetrDatasetMapper:
                 or "polygon" (with a crop it needs shapely).
             faulty_annotations: "drop" or "error", see `detr_d2.data.annotations.check_annotations`.
             skip_unreadable_images: in training, take another image in place of an unreadable one.
+            num_classes: refuse semantic pictures with other classes; None takes any.
         """
         check_mode(faulty_annotations)
         if instance_mask_format not in ("bitmask", "polygon"):
@@ -136,6 +138,7 @@ class DetrDatasetMapper:
         self.instance_mask_format = instance_mask_format
         self.faulty_annotations = faulty_annotations
         self.skip_unreadable_images = skip_unreadable_images and is_train
+        self.num_classes = num_classes
         self._unreadable_in_a_row = 0
         purpose = "training" if is_train else "evaluation"
         logger.info("Augmentations in %s: %s", purpose, augmentations)
@@ -161,6 +164,7 @@ class DetrDatasetMapper:
             "instance_mask_format": cfg.INPUT.MASK_FORMAT,
             "faulty_annotations": cfg.INPUT.FAULTY_ANNOTATIONS,
             "skip_unreadable_images": cfg.INPUT.SKIP_UNREADABLE_IMAGES,
+            "num_classes": cfg.MODEL.DETR.NUM_CLASSES or None,  # 0: not settled yet
         }
 
     def __call__(self, dataset_dict: dict) -> dict | None:
@@ -204,10 +208,9 @@ class DetrDatasetMapper:
         channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
         output["image"] = torch.from_numpy(channels_first)
         if self.is_train:
+            annotations = read_annotations({**dataset_dict, **size}, self.num_classes)
             output["instances"] = self._instances(
-                {**output, "annotations": read_annotations({**dataset_dict, **size})},
-                transforms,
-                augmented.image.shape[:2],
+                {**output, "annotations": annotations}, transforms, augmented.image.shape[:2]
             )
         return output
 

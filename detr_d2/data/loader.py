@@ -26,7 +26,7 @@ from ..errors import UserError
 from .annotations import check_annotations
 from .classes import resolve_num_classes
 from .dataset_mapper import DetrDatasetMapper
-from .segments import listed_objects
+from .segments import check_segment_classes, listed_objects
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +218,7 @@ def build_training_dicts(
         dataset_dicts += check_annotations(
             DatasetCatalog.get(name), faulty_annotations, name, num_classes=num_classes, masks=masks
         )
+    check_segment_classes(dataset_dicts, num_classes)
     if filter_empty:
         dataset_dicts = filter_empty_images(dataset_dicts)
     if not dataset_dicts:

@@ -6,6 +6,7 @@ semantic ones the contiguous class of each pixel, 255 where there is none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,26 +35,59 @@ def listed_objects(dataset_dict: dict[str, Any]) -> list[dict[str, Any]] | None:
     return None if has_segments(dataset_dict) else dataset_dict.get("annotations", [])
 
 
-def read_annotations(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
+def check_segment_classes(dataset_dicts: Sequence[dict[str, Any]], num_classes: int) -> None:
+    """Whole data sets, without opening a picture.
+
+    Raises:
+        UserError: a segments_info has a class that is not within 0..num_classes-1.
+    """
+    wrong = [
+        (d["pan_seg_file_name"], segment)
+        for d in dataset_dicts
+        if "pan_seg_file_name" in d
+        for segment in d["segments_info"]
+        if not segment.get("iscrowd", 0) and not 0 <= segment["category_id"] < num_classes
+    ]
+    if wrong:
+        path, segment = wrong[0]
+        raise UserError(
+            f"The segments_info of {len(wrong)} segments have a category_id that is not within "
+            f"0..{num_classes - 1}, first {segment['category_id']} of segment {segment['id']} in "
+            f"{path}: number the classes from 0 on, or correct MODEL.DETR.NUM_CLASSES."
+        )
+
+
+def read_annotations(
+    dataset_dict: dict[str, Any], num_classes: int | None = None
+) -> list[dict[str, Any]]:
     """The annotations of an image, wherever they are; see `read_segments`."""
     if has_segments(dataset_dict):
-        return read_segments(dataset_dict)
+        return read_segments(dataset_dict, num_classes)
     return dataset_dict.get("annotations", [])
 
 
-def read_segments(dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
+def read_segments(
+    dataset_dict: dict[str, Any], num_classes: int | None = None
+) -> list[dict[str, Any]]:
     """Annotations in detectron2's format, with masks, of an image with a picture of segments.
 
     Raises:
-        UserError: the picture cannot be read, is of another size than the image, or lacks a
-            segment.
+        UserError: the picture cannot be read, is of another size than the image, lacks a segment
+            or, if it is a semantic one, has a class that is not within 0..num_classes-1.
     """
     if "pan_seg_file_name" in dataset_dict:
         return _panoptic(dataset_dict)
-    classes = _read(dataset_dict["sem_seg_file_name"])
+    path = dataset_dict["sem_seg_file_name"]
+    classes = _read(path)
     classes = classes[..., 0] if classes.ndim == 3 else classes
-    _check_size(dataset_dict["sem_seg_file_name"], classes, dataset_dict)
+    _check_size(path, classes, dataset_dict)
     present = [int(name) for name in np.unique(classes) if name != NO_CLASS]
+    if num_classes is not None and present and max(present) >= num_classes:
+        raise UserError(
+            f"The semantic picture {path} has pixels of class {max(present)}, which is not within "
+            f"0..{num_classes - 1}: number the classes from 0 on, with {NO_CLASS} where there is "
+            "none, or correct MODEL.DETR.NUM_CLASSES."
+        )
     return [to_annotation(classes == name, name) for name in present]
 
 
