@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.structures import BoxMode
 from PIL import Image
 
 from detr_d2.data.dataset_mapper import DetrDatasetMapper, build_augmentation
 from detr_d2.data.loader import (
     ResumableBatchSampler,
     SeededDataset,
+    build_test_loader,
     build_train_loader,
     build_training_dicts,
     derive_seed,
@@ -287,6 +290,22 @@ def test_nothing_to_train_on(rectangles, tmp_path):
         build_training_dicts([], num_classes=3, num_queries=7)
     cfg = training_cfg(rectangles, tmp_path, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", True)
     assert len(build_training_dicts(cfg)) == 9  # every fourth of 12 images is empty
+
+
+def test_corners_given_as_width_and_height_are_not_evaluated(rectangles, tmp_path):
+    cfg = training_cfg(rectangles, tmp_path)
+    assert len(build_test_loader(cfg, rectangles)) == 12
+    corners = [
+        {"bbox": [20 + i, 20, 60, 60], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+        for i in range(5)
+    ]
+    record = {"file_name": "a.png", "height": 64, "width": 64, "annotations": corners}
+    DatasetCatalog.register(name := f"corners_{tmp_path.name}", lambda: [record])
+    try:
+        with pytest.raises(UserError, match=f"'{name}' look like x0, y0, x1, y1"):
+            build_test_loader(cfg, name)
+    finally:
+        DatasetCatalog.remove(name)
 
 
 def test_data_set_without_images(monkeypatch, rectangles, tmp_path):

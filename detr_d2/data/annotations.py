@@ -129,6 +129,16 @@ def find_xyxy_given_as_xywh(dataset_dicts: list[dict]) -> list[FaultyAnnotation]
     ]
 
 
+def refuse_xyxy_given_as_xywh(dataset_dicts: list[dict], dataset_name: str = "") -> None:
+    """Raise FaultyAnnotationError for a data set as `find_xyxy_given_as_xywh` finds it."""
+    if corners := find_xyxy_given_as_xywh(dataset_dicts):
+        raise FaultyAnnotationError(
+            f"The boxes of {_quoted(dataset_name)} look like x0, y0, x1, y1 but are labelled as x, "
+            f"y, width, height, and {len(corners)} of them leave their image: write them as x, y, "
+            f"width, height (or, in code, set bbox_mode to BoxMode.XYXY_ABS).{_listed(corners)}"
+        )
+
+
 def check_annotations(
     dataset_dicts: list[dict],
     mode: str = "drop",
@@ -155,19 +165,12 @@ def check_annotations(
             corners labelled as xywh (dropping would leave only wrong ones) or none is left.
     """
     check_mode(mode)
-    name = f"data set '{dataset_name}'" if dataset_name else "the data set"
-
-    if corners := find_xyxy_given_as_xywh(dataset_dicts):
-        raise FaultyAnnotationError(
-            f"The boxes of {name} look like x0, y0, x1, y1 but are labelled as x, y, width, "
-            f"height, and {len(corners)} of them leave their image: write them as x, y, width, "
-            f"height (or, in code, set bbox_mode to BoxMode.XYXY_ABS).{_listed(corners)}"
-        )
+    refuse_xyxy_given_as_xywh(dataset_dicts, dataset_name)
     faults = find_faulty_annotations(dataset_dicts, num_classes, masks)
     if not faults:
         return dataset_dicts
 
-    summary = f"{len(faults)} faulty annotations in {name}"
+    summary = f"{len(faults)} faulty annotations in {_quoted(dataset_name)}"
     if mode == "error":
         raise FaultyAnnotationError(
             f"{summary}: correct them, or leave them out with INPUT.FAULTY_ANNOTATIONS 'drop'."
@@ -268,6 +271,10 @@ def _label_fault(annotation: dict, image: dict, num_classes: int | None, masks: 
             "[[x, y, x, y, x, y, ...], ...] or a run-length mask of the image's size"
         )
     return None
+
+
+def _quoted(dataset_name: str) -> str:
+    return f"data set '{dataset_name}'" if dataset_name else "the data set"
 
 
 def _listed(faults: list[FaultyAnnotation]) -> str:

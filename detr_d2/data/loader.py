@@ -17,13 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_test_loader
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError
-from .annotations import check_annotations
+from .annotations import check_annotations, refuse_xyxy_given_as_xywh
 from .classes import resolve_num_classes
 from .dataset_mapper import DetrDatasetMapper
 from .segments import check_segment_classes, listed_objects
@@ -173,9 +178,18 @@ def build_train_loader(
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
-    """detectron2's evaluation loader with this package's mapper."""
+    """detectron2's evaluation loader with this package's mapper.
+
+    Raises:
+        FaultyAnnotationError: the boxes are corners labelled as width and height, so that the
+            evaluation of a perfect model would say 0.
+    """
+    dataset = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+    refuse_xyxy_given_as_xywh(dataset, dataset_name)
     return build_detection_test_loader(
-        cfg, dataset_name, mapper=DetrDatasetMapper(cfg, is_train=False)
+        dataset,
+        mapper=DetrDatasetMapper(cfg, is_train=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
 
 
