@@ -1,13 +1,20 @@
 """The benchmark's arithmetic, and that its quick jobs run."""
 
 import json
+import runpy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from detr_d2.benchmark import jobs, memory
 from detr_d2.benchmark.jobs import JOBS, Section
 from detr_d2.benchmark.report import draw, machine, print_section, write_json
 from detr_d2.benchmark.timing import Timing, fitted_exponent, ratios, table, take_turns
+from detr_d2.errors import UserError
+
+from .training import ROOT
 
 
 def test_contestants_take_turns(monkeypatch):
@@ -57,6 +64,31 @@ def test_report(tmp_path, capsys):
     assert content["machine"] == machine() and "threads" in machine()
     draw(tmp_path / "report.png", sections)
     assert (tmp_path / "report.png").stat().st_size > 3000
+
+
+def test_a_picture_needs_a_contest(tmp_path, monkeypatch, capsys):
+    alone = Section("One", [Timing("detr_d2", [0.1])])
+    with pytest.raises(UserError, match="no picture .*report.png, for nothing was timed against"):
+        draw(tmp_path / "report.png", [alone, Section("Memory", [])])
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "memory", "--picture", "x.png"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "tools" / "benchmark.py"), run_name="__main__")
+    assert "memory: no picture shows it, leave --picture out" in capsys.readouterr().err
+
+
+def test_a_measuring_process_that_dies_is_told(monkeypatch):
+    monkeypatch.setattr(memory, "_peak", print)  # sends nothing
+    with pytest.raises(UserError, match="Title: the process of 'some' ended with exit code 0"):
+        memory._peaks("Title", {"some": ("kind", 1)})
+
+
+def test_one_back_end_alone_is_not_compared(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    monkeypatch.setattr(jobs, "take_turns", lambda runs, rounds: [run() for run in runs.values()])
+    nothing = SimpleNamespace(summary=dict)
+    monkeypatch.setattr(jobs, "compute_coco_metrics", lambda *_, **__: nothing)
+    (section,) = JOBS["evaluation"](1, True)
+    assert section.remarks == ("Only pycocotools is installed: there is nothing to compare.",)
 
 
 @pytest.mark.parametrize("job", ["criterion", "data", "evaluation"])

@@ -8,7 +8,7 @@ python tools/benchmark.py --quick --json output/benchmark.json --picture output/
 import argparse
 import sys
 
-from detr_d2.benchmark.jobs import JOBS
+from detr_d2.benchmark.jobs import JOBS, WITHOUT_PICTURE
 from detr_d2.benchmark.report import draw, machine, print_section, write_json
 from detr_d2.benchmark.timing import measure_ceilings
 from detr_d2.errors import UserError
@@ -25,6 +25,8 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if unknown := [job for job in args.jobs if job not in JOBS]:
         parser.error(f"there is no job {unknown[0]!r}; choose from {', '.join(JOBS)}")
+    if args.picture and args.jobs and set(args.jobs) <= set(WITHOUT_PICTURE):
+        parser.error(f"{', '.join(args.jobs)}: no picture shows it, leave --picture out")
     rounds = args.rounds or (2 if args.quick else 5)
 
     print(machine(), flush=True)
@@ -32,14 +34,14 @@ if __name__ == "__main__":
     for name, value in ceilings.items():
         print(f"- {name}: {value:.0f}" + ("" if "GB" in name else " GFLOP/s"), flush=True)
     sections = []
-    for job in args.jobs or JOBS:
-        try:
+    try:
+        for job in args.jobs or JOBS:
             for section in JOBS[job](rounds, args.quick):
                 print_section(section, ceilings)
                 sections.append(section)
-        except UserError as error:
-            sys.exit(f"error: {error}")
-    if args.json:
-        write_json(args.json, sections, ceilings)
-    if args.picture:
-        draw(args.picture, sections)
+        if args.json:
+            write_json(args.json, sections, ceilings)
+        if args.picture:
+            draw(args.picture, sections)
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -13,6 +13,7 @@ from typing import Any
 from detectron2.modeling import build_model
 
 from ..deploy import optimize_for_inference
+from ..errors import UserError
 from ..model_zoo import get_config
 from ..modeling import segmentation
 from ..processor import is_bfloat16_fast
@@ -68,9 +69,16 @@ def _peaks(title: str, runs: dict[str, tuple[str, int]]) -> Section:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_peak, args=(*arguments, sender))
         process.start()
-        peak = receiver.recv()
+        sender.close()  # or this process's own copy would keep recv waiting for a child that died
+        try:
+            lines.append((name, receiver.recv()))
+        except EOFError:
+            process.join()
+            raise UserError(
+                f"{title}: the process of '{name}' ended with exit code {process.exitcode} before "
+                "it had measured anything; its own message is above, and -9 is a lack of memory."
+            ) from None
         process.join()
-        lines.append((name, peak))
     first = lines[0][1]
     remarks = tuple(f"{name}: {peak:.0f} MiB, {peak / first:.0%}" for name, peak in lines)
     return Section(title, [], {}, remarks)

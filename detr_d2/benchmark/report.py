@@ -11,6 +11,7 @@ from statistics import median
 import matplotlib.pyplot as plt
 import torch
 
+from ..errors import UserError
 from .timing import Section, Timing, ratios, table
 
 
@@ -60,8 +61,17 @@ def write_json(
 
 
 def draw(path: str | Path, sections: Sequence[Section]) -> None:
-    """Bars of how many times faster than the first contestant each other is."""
+    """Bars of how many times faster than the first contestant each other is.
+
+    Raises:
+        UserError: no section has two of them.
+    """
     shown = [s for s in sections if len(s.timings) > 1 and not s.title.startswith("Growth")]
+    if not shown:
+        raise UserError(
+            f"There is no picture {path}, for nothing was timed against anything else: install "
+            "what is to be compared with pip install -e '.[test,fast]', or leave --picture out."
+        )
     heights = [len(s.timings) for s in shown]
     figure, axes = plt.subplots(
         len(shown),
