@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -63,8 +64,13 @@ def get_config_file(config_path: str) -> str:
     """
     path = config_folder() / config_path
     if not path.is_file():
-        known = ", ".join(sorted(f"{name}.yaml" for name in CHECKPOINTS))
-        raise UserError(f"The model zoo has no config {config_path!r}; it has {known}.")
+        files = [p for suffix in ("yaml", "py") for p in config_folder().rglob(f"*.{suffix}")]
+        names = [p.relative_to(config_folder()).as_posix() for p in files]
+        close = ", ".join(get_close_matches(config_path, names))
+        raise UserError(
+            f"The model zoo has no config {config_path!r}: "
+            + (f"did you mean {close}?" if close else f"they lie in {config_folder()}.")
+        )
     return str(path)
 
 

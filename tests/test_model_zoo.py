@@ -24,8 +24,12 @@ def test_untrained_config_keeps_its_weights():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(UserError, match="no config 'COCO-Detection/detr_R_51.yaml'"):
-        model_zoo.get_config("COCO-Detection/detr_R_51.yaml")
+    with pytest.raises(
+        UserError, match="no config .*dino_4scale_R_51.yaml': .*dino_4scale_R_50_12"
+    ):
+        model_zoo.get_config("COCO-Detection/dino_4scale_R_51.yaml")
+    with pytest.raises(UserError, match="no config 'nonsense': they lie in .*configs"):
+        model_zoo.get_config("nonsense")
     with pytest.raises(UserError, match="no trained weights"):
         model_zoo.get_checkpoint_url("Base-DETR.yaml")
 
