@@ -1,6 +1,8 @@
 """Pictures of predictions beside ground truth, and of a training."""
 
 import json
+import runpy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,10 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from detr_d2.data.segments import id_to_rgb
+from detr_d2.errors import UserError
 from detr_d2.visualize import HEIGHT, draw_comparison, draw_curves, draw_pair
+
+from .training import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +128,12 @@ def test_an_object_without_a_mask_beside_one_with(tmp_path, with_mask):
     scale = HEIGHT / 50
     inside = [truth[round(30 * scale), round((c + 15) * scale)] > 20 for c in (5, 60)]
     assert inside == [with_mask == 0, with_mask == 1]
+
+
+def test_no_image_to_draw_is_refused():
+    main = runpy.run_path(str(ROOT / "tools" / "visualize.py"))["main"]
+    with pytest.raises(UserError, match="--num-images is 0: draw 1 or more"):
+        main(SimpleNamespace(num_images=0))
 
 
 def test_curves_are_drawn_from_metrics(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from detr_d2.visualize import draw_comparison
 
 
 def main(args):
+    if args.num_images < 1:
+        raise UserError(f"--num-images is {args.num_images}: draw 1 or more.")
     cfg = load_config(args.config_file, args.opts)
     register_datasets(cfg, args.register)
     if not cfg.DATASETS.TEST:
