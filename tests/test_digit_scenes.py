@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from detr_d2.data import digit_scenes
+from detr_d2.errors import UserError
 
 pytest.importorskip("sklearn")
 
@@ -262,6 +263,6 @@ def test_a_killed_process_leaves_nothing_that_passes_for_the_set(tmp_path):
 
 def test_missing_scikit_learn_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'detr_d2\[digits\]'"):
+    with pytest.raises(UserError, match=r"pip install 'detr_d2\[digits\]'"):
         digit_scenes.generate_digit_scenes(tmp_path / "set", num_train=1, num_val=1)
     assert not (tmp_path / "set").exists()

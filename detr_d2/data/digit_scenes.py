@@ -24,6 +24,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 from scipy import ndimage
 
+from ..errors import UserError
+
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # names the folder: whoever changes a pixel or an annotation raises it
@@ -86,14 +88,14 @@ def load_sources() -> dict[str, Sources]:
     """Both splits; they share no digit and no part of a photograph.
 
     Raises:
-        ImportError: scikit-learn is not installed.
+        UserError: scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits, load_sample_images
         from sklearn.model_selection import cross_val_predict
         from sklearn.neighbors import KNeighborsClassifier
     except ImportError as error:
-        raise ImportError(
+        raise UserError(
             "The data set digit_scenes is made from scikit-learn's digits: "
             "run `pip install 'detr_d2[digits]'` or `pip install scikit-learn`."
         ) from error
@@ -331,7 +333,7 @@ def generate_digit_scenes(
     processes that ask for it at the same time wait for the first of them.
 
     Raises:
-        ImportError: scikit-learn is not installed.
+        UserError: scikit-learn is not installed.
     """
     from iopath.common.file_io import file_lock
 

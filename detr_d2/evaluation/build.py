@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
+from ..errors import UserError, require_package
 from .coco_evaluation import COCODetectionEvaluator
 from .lvis_evaluation import PerClassLVISEvaluator
 from .panoptic_evaluation import PanopticEvaluator
@@ -28,8 +29,8 @@ def build_evaluator(
         output_folder: folder for results; None without a cfg writes no file.
 
     Raises:
-        ValueError: no such ``evaluator_type``, or metadata which that evaluator needs is missing.
-        ImportError: the data set needs LVIS's own package, which is not installed.
+        UserError: no such ``evaluator_type``, or metadata or a package which that evaluator needs
+            is missing.
     """
     if output_folder is None and cfg is not None:
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
@@ -51,7 +52,7 @@ def build_evaluator(
     if evaluator_type == "pascal_voc":
         _require_metadata(dataset_name, "dirname", "split", "year", "thing_classes")
         return PerClassPascalVOCEvaluator(dataset_name, output_folder)
-    raise ValueError(
+    raise UserError(
         f"Data set '{dataset_name}' has the evaluator_type {evaluator_type!r}; set "
         f"MetadataCatalog.get('{dataset_name}').evaluator_type to 'coco', 'lvis' or 'pascal_voc'."
     )
@@ -61,7 +62,7 @@ def _require_metadata(dataset_name: str, *keys: str) -> None:
     metadata = MetadataCatalog.get(dataset_name)
     missing = [key for key in keys if metadata.get(key) is None]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"Data set '{dataset_name}' cannot be evaluated without {', '.join(missing)}; set "
             f"them with MetadataCatalog.get('{dataset_name}').set({missing[0]}=...)."
         )
@@ -73,13 +74,7 @@ def _prepare_lvis_package() -> None:
     lvis 0.5.3, the newest, calls ``np.float``, which numpy has removed. Its one module that does so
     gets a numpy with that name; numpy itself is left as it is.
     """
-    try:
-        import lvis.eval
-    except ImportError as error:
-        raise ImportError(
-            f"LVIS evaluation needs a package that cannot be imported ({error}); run: "
-            "pip install 'detr_d2[lvis]'"
-        ) from error
+    lvis = require_package("lvis", "lvis")
     if not hasattr(lvis.eval.np, "float"):
         numpy_with_float = types.ModuleType("numpy", "numpy with its former alias numpy.float")
         numpy_with_float.__dict__.update({**vars(np), "float": float})

@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
+from ..errors import UserError
 from .coco_metrics import choose_backend, compute_coco_metrics
 from .per_class import report_per_class_ap
 
@@ -55,7 +56,7 @@ class COCODetectionEvaluator(DatasetEvaluator):
 
         Raises:
             FileNotFoundError: the annotation file is missing; said before inference begins.
-            ValueError: a data set without annotation file, and no folder to write one to.
+            UserError: a data set without annotation file, and no folder to write one to.
         """
         self._metadata = MetadataCatalog.get(dataset_name)
         self._dataset_name = dataset_name
@@ -139,7 +140,7 @@ class COCODetectionEvaluator(DatasetEvaluator):
         path = self._metadata.get("json_file")
         if path is None:
             if self._output_folder is None:
-                raise ValueError(
+                raise UserError(
                     f"Data set '{self._dataset_name}' has no COCO annotation file (json_file); "
                     "give the evaluator an output_folder to write one to."
                 )
@@ -170,7 +171,7 @@ class COCODetectionEvaluator(DatasetEvaluator):
         for detection in detections:
             index = detection["category_id"]
             if index not in category_ids:
-                raise ValueError(
+                raise UserError(
                     f"The model predicts class {index}, but data set '{self._dataset_name}' has "
                     f"{len(category_ids)} classes; set MODEL.DETR.NUM_CLASSES to that number."
                 )

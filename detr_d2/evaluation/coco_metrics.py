@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..data.annotations import usable_segmentation
+from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +88,13 @@ def compute_coco_metrics(
         backend: "hotcoco" or "pycocotools"; chosen by `choose_backend` if None.
 
     Raises:
-        ValueError: an unknown task, or a limit below 1.
+        ValueError: an unknown task.
+        UserError: a limit below 1.
     """
     if task not in ("bbox", "segm"):
         raise ValueError(f"COCO evaluation knows the tasks 'bbox' and 'segm', not '{task}'.")
     if max_detections_per_image < 1:
-        raise ValueError(
+        raise UserError(
             "COCO evaluation needs at least 1 detection per image, but the limit is "
             f"{max_detections_per_image}; set TEST.DETECTIONS_PER_IMAGE to 1 or more."
         )
