@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from detr_d2.data.loader import build_train_loader
 from detr_d2.engine import DetrTrainer, Precision, StepTrainer
 from detr_d2.engine.step import accumulate_gradients
+from detr_d2.errors import UserError
 
 from .helpers import random_inputs, tiny_cfg
 from .training import read_metrics, registered_rectangles, training_cfg
@@ -251,6 +253,12 @@ def test_evaluation_during_training(rectangles, tmp_path):
     assert all(0 <= line["bbox/AP"] <= 100 for line in evaluated)
     assert {"bbox/AP50", "bbox/AP-red", "bbox/AP-green", "bbox/AP-blue"} < set(evaluated[-1])
     assert trainer.model.training
+
+
+def test_a_test_set_that_cannot_be_evaluated_is_refused_at_once(rectangles, tmp_path, monkeypatch):
+    monkeypatch.delattr(MetadataCatalog.get(rectangles), "evaluator_type")
+    with pytest.raises(UserError, match=f"'{rectangles}' has the evaluator_type None"):
+        DetrTrainer(training_cfg(rectangles, tmp_path, "DATASETS.TEST", (rectangles,)))
 
 
 def test_evaluation_changes_nothing(rectangles, tmp_path):

@@ -45,6 +45,8 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         """
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         cfg = settle_num_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+        for name in cfg.DATASETS.TEST:  # what cannot be evaluated is said now, not hours later
+            self.build_test_loader(cfg, name), self.build_evaluator(cfg, name)
         model = self.build_model(cfg)
         if cfg.SOLVER.COMPILE:
             compile_for_training(model)
