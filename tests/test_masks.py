@@ -93,7 +93,7 @@ def test_masks_are_those_of_the_convolutions_one_by_one(variant, dim, stride, wi
     if stride == 4:
         assert head.pixels is None and expected.shape[2:] == source.features["res2"].shape[2:]
         expected = expected[:, 0]
-    else:  # 1 + 16 channels: a mask of its own, and what is compared with each pixel
+    else:  # 1 + 32 channels: a mask of its own, and what is compared with each pixel
         pixels = head.pixels(source.pixels, source.features["res2"])[images]
         x = nn.functional.interpolate(expected, size=(40, 48), mode="bilinear")
         expected = x[:, 0] + torch.einsum("pchw,pchw->phw", x[:, 1:], pixels)

@@ -217,7 +217,7 @@ class PixelEmbedding(nn.Module):
     """What a pixel and its neighbours look like, beside the backbone's finest map. Outlines are
     found here once per image, not once per query."""
 
-    def __init__(self, stride: int, in_channels: int, width: int = 32, dim: int = 16):
+    def __init__(self, stride: int, in_channels: int, width: int = 48, dim: int = 32):
         """
         Args:
             stride: of the result.
