@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import UserError, require_package
 from ..modeling.meta_arch import Detr
 from .exportable import INPUTS, ExportableDetr
+from .pt2 import save_program
 from .runtime import Run, open_model
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def write(exportable: ExportableDetr, path: Path) -> None:
             exportable, (images, sizes), dynamic_shapes=({0: free, 2: free, 3: free}, {0: free})
         )
     if path.suffix == ".pt2":
-        torch.export.save(program, path)
+        save_program(program, path)
         return
     onnx = path.with_suffix(".onnx")
     _write_onnx(program, (images, sizes), exportable.outputs, onnx)

@@ -20,6 +20,7 @@ from ..errors import UserError, require_package
 from ..modeling.meta_arch import Detr
 from ..modeling.panoptic import PanopticMerger
 from ..modeling.segmentation import add_masks, add_panoptic
+from .pt2 import load_program
 
 # (images (B, 3, H, W), sizes (B, 2)) -> boxes (B, D, 4), scores (B, D), classes (B, D); with masks
 # also queries (B, D), logits (B, D, h, w)
@@ -150,7 +151,7 @@ def open_model(path: Path, dtype: torch.dtype = torch.float32) -> Run:
 
 
 def _open_torch(path: Path, dtype: torch.dtype) -> Run:
-    module = torch.export.load(path).module()
+    module = load_program(path)
 
     def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
