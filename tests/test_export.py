@@ -111,6 +111,68 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def sure_of_nothing(*options):
+    """A model as it is after a training: in noise there is no object."""
+    model = make_model("detr_tiny", *options)
+    model.transformer.decoder.heads[-1].class_head.bias.data[-1] += 15
+    return model
+
+
+def flawed(exportable, change):
+    """What a runtime would be that makes a mistake."""
+
+    @torch.no_grad()
+    def run(images, sizes):
+        outputs = [output.clone() for output in exportable(images, sizes)]
+        change(outputs)
+        return tuple(outputs)
+
+    return run
+
+
+def shift(outputs):
+    outputs[0][:, :1] += 50
+
+
+def confuse(outputs):
+    outputs[2][:] = (outputs[2] + 1) % 5
+
+
+def raise_scores(outputs):
+    outputs[1][:] *= 1.1
+
+
+def invert_masks(outputs):
+    outputs[4][:, :1] *= -1
+
+
+@pytest.mark.parametrize("limit", [1, 5])
+def test_boxes_scores_and_classes_are_compared_however_low_the_scores(limit):
+    exportable = ExportableDetr(sure_of_nothing("TEST.DETECTIONS_PER_IMAGE", limit))
+
+    def differences(change):
+        return export.largest_differences(exportable, flawed(exportable, change), [(1, 96, 70)])
+
+    assert differences(lambda outputs: None) == (0, 0, 0)
+    assert differences(shift)[1] > export.PIXEL_TOLERANCE
+    assert max(differences(confuse)[:2]) > export.PIXEL_TOLERANCE
+    assert differences(raise_scores)[0] > export.SCORE_TOLERANCE
+
+
+def test_masks_are_compared_however_low_the_scores():
+    model = sure_of_nothing(*MASKS)
+    exportable = ExportableDetr(model)
+
+    def difference(change):
+        run = flawed(exportable, change)
+        return export.largest_differences(exportable, run, [(1, 96, 70)])[2]
+
+    assert difference(lambda outputs: None) == 0
+    assert difference(invert_masks) > export.MASK_TOLERANCE
+    assert difference(shift) < export.MASK_TOLERANCE  # of the others
+    assert difference(lambda outputs: outputs[1].fill_(0.5)) == float("inf")
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_files_that_are_none_are_refused(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
@@ -125,6 +187,8 @@ def test_refusals(tmp_path, monkeypatch):
     model = make_model("detr_tiny")
     with pytest.raises(UserError, match="must end in one of .pt2, .onnx, .xml"):
         export_model(model, tmp_path / "model.pth")
+    with pytest.raises(UserError, match="TEST.DETECTIONS_PER_IMAGE is 0"):
+        export_model(make_model("detr_tiny", "TEST.DETECTIONS_PER_IMAGE", 0), tmp_path / "m.pt2")
     with pytest.raises(UserError, match="'tensorrt'; it must be one of torch, onnxruntime"):
         optimize_for_inference(model, backend="tensorrt")
     with pytest.raises(UserError, match="only OpenVINO's files"):

@@ -59,6 +59,22 @@ class ExportableDetr(nn.Module):
             classes (B, D) int64. With a mask head also queries (B, D) int64, the one behind each
             detection, and masks (B, D, h, w), logits that are to be enlarged to H and W.
         """
+        source, logits, boxes = self._predict(images, sizes)
+        best = self._select(logits, boxes, sizes, self.detections_per_image)
+        *detections, queries = best
+        if self.mask_head is None:
+            return tuple(detections)
+        rows = torch.arange(queries.shape[0], device=queries.device)[:, None].expand_as(queries)
+        masks = self.mask_head(source, rows.flatten(), queries.flatten())
+        return *detections, queries, masks.view(*queries.shape, *masks.shape[1:])
+
+    def detections(self, images: Tensor, sizes: Tensor, limit: int) -> list[Tensor]:
+        """Boxes, scores and classes as `forward` returns them, but of another number."""
+        _, logits, boxes = self._predict(images, sizes)
+        return self._select(logits, boxes, sizes, limit)[:3]
+
+    def _predict(self, images: Tensor, sizes: Tensor) -> tuple[MaskSource, Tensor, Tensor]:
+        """What masks are made from; logits (B, Q, K) and boxes (B, Q, 4) of the last layer."""
         padding = self.padding(images, sizes)
         pixels = (images - self.pixel_mean) / self.pixel_std
         pixels = pixels.masked_fill(padding[:, None], 0)
@@ -66,20 +82,17 @@ class ExportableDetr(nn.Module):
         memory = self.neck(features, padding)
         predictions = self.transformer(memory, last_only=True)
         output = predictions.layers[-1]
-        scores, classes, queries = self.classification.select(
-            output.logits.float(), self.detections_per_image
-        )
-        boxes = output.boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
-        extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
-        detections = cxcywh_to_xyxy(boxes) * extent, scores, classes
-        if self.mask_head is None:
-            return detections
         source = MaskSource(
             predictions.memory, memory.tokens, features, pixels, predictions.content, output.boxes
         )
-        rows = torch.arange(queries.shape[0], device=queries.device)[:, None].expand_as(queries)
-        logits = self.mask_head(source, rows.flatten(), queries.flatten())
-        return *detections, queries, logits.view(*queries.shape, *logits.shape[1:])
+        return source, output.logits.float(), output.boxes.float()
+
+    def _select(self, logits: Tensor, boxes: Tensor, sizes: Tensor, limit: int) -> list[Tensor]:
+        """Boxes in pixels, scores, classes and queries of the best detections."""
+        scores, classes, queries = self.classification.select(logits, limit)
+        boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+        extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
+        return [cxcywh_to_xyxy(boxes) * extent, scores, classes, queries]
 
     @staticmethod
     def padding(images: Tensor, sizes: Tensor) -> Tensor:
