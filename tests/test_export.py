@@ -10,7 +10,7 @@ import torch
 from detr_d2 import export_model, load_exported, optimize_for_inference
 from detr_d2.deploy import export, runtime
 from detr_d2.deploy.exportable import ExportableDetr
-from detr_d2.deploy.runtime import as_batch, best_of_queries
+from detr_d2.deploy.runtime import ExportedDetr, as_batch, best_of_queries
 from detr_d2.engine.main import evaluate
 from detr_d2.errors import UserError
 from detr_d2.modeling.panoptic import PanopticMerger
@@ -82,6 +82,47 @@ def test_padding_is_handled_inside():
     other[0, :, 64:] = other[0, :, :, 96:] = -77.0
     again = exportable(other, torch.tensor([[64, 96], [96, 128]]))
     assert all(torch.equal(a, b) for a, b in zip(again, together, strict=True))
+
+
+FPN = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 18),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"]),
+    *("MODEL.FPN.IN_FEATURES", ["res4", "res5"], "MODEL.FPN.OUT_CHANNELS", 16),
+    *("MODEL.DETR.IN_FEATURES", ["p4"]),
+)
+
+
+@torch.no_grad()
+def test_images_are_padded_to_what_the_backbone_can_divide():
+    model = make_model("detr_tiny", *FPN)
+    assert model.backbone.size_divisibility == 32
+    exportable = ExportableDetr(model)
+    inputs = random_inputs([(70, 101)])
+    boxes, scores, _ = exportable(inputs[0]["image"][None].float(), torch.tensor([[70, 101]]))
+    expected = model(inputs)[0]["instances"]
+    torch.testing.assert_close(scores[0], expected.scores, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(boxes[0], expected.pred_boxes.tensor, rtol=1e-3, atol=1e-2)
+
+
+@torch.no_grad()
+def test_masks_of_padded_images():
+    """They cover the padding, too."""
+    model = make_model("detr_tiny", *FPN, *MASKS[:2], "MODEL.DETR.IN_FEATURES", ["p5"])
+    described = export.describe(model, None, 32)
+    exportable = ExportableDetr(model)
+    run = flawed(exportable, lambda outputs: None)
+    inputs = random_inputs([(70, 101)])
+    fields = {k: described[k] for k in ("mask_threshold", "size_divisibility")}
+    ours, theirs = ExportedDetr(run, **fields)(inputs), model(inputs)
+    assert torch.equal(ours[0]["instances"].pred_masks, theirs[0]["instances"].pred_masks)
+
+
+def test_squares_are_refused(monkeypatch):
+    model = make_model("detr_tiny")
+    constraints = property(lambda self: {"square_size": 64})
+    monkeypatch.setattr(type(model.backbone), "padding_constraints", constraints)
+    with pytest.raises(UserError, match="ResNet wants images padded to 64 pixels square"):
+        ExportableDetr(model)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..box_ops import cxcywh_to_xyxy
+from ..errors import UserError
 from ..modeling.mask_head import MaskSource
 from ..modeling.meta_arch import Detr
 from ..modeling.queries import TopKQueries
@@ -29,7 +31,21 @@ class ExportableDetr(nn.Module):
     """
 
     def __init__(self, model: Detr):
+        """
+        Raises:
+            UserError: a backbone that wants squares, of which there is no size that is free.
+        """
         super().__init__()
+        constraints = model.backbone.padding_constraints
+        if constraints.get("square_size", 0) > 0:
+            raise UserError(
+                f"{type(model.backbone).__name__} wants images padded to "
+                f"{constraints['square_size']} pixels square, and in an exported file their size "
+                "is free: the model cannot be exported."
+            )
+        # As detectron2's `ImageList.from_tensors` reads them.
+        divisor = constraints.get("size_divisibility", model.backbone.size_divisibility)
+        self.size_divisibility = max(divisor, 1)
         model = copy.deepcopy(model).eval().requires_grad_(False)
         self.backbone = folded(model.backbone, model.device)
         self.neck = model.neck
@@ -57,7 +73,8 @@ class ExportableDetr(nn.Module):
         Returns:
             boxes (B, D, 4) xyxy in pixels of the images as given; scores (B, D), best first;
             classes (B, D) int64. With a mask head also queries (B, D) int64, the one behind each
-            detection, and masks (B, D, h, w), logits that are to be enlarged to H and W.
+            detection, and masks (B, D, h, w), logits that are to be enlarged to H and W, rounded up
+            to multiples of `size_divisibility`.
         """
         source, logits, boxes = self._predict(images, sizes)
         best = self._select(logits, boxes, sizes, self.detections_per_image)
@@ -75,6 +92,12 @@ class ExportableDetr(nn.Module):
 
     def _predict(self, images: Tensor, sizes: Tensor) -> tuple[MaskSource, Tensor, Tensor]:
         """What masks are made from; logits (B, Q, K) and boxes (B, Q, 4) of the last layer."""
+        divisor = self.size_divisibility
+        if divisor > 1:
+            height, width = images.shape[2:]
+            below = (height + divisor - 1) // divisor * divisor - height
+            right = (width + divisor - 1) // divisor * divisor - width
+            images = F.pad(images, (0, right, 0, below))
         padding = self.padding(images, sizes)
         pixels = (images - self.pixel_mean) / self.pixel_std
         pixels = pixels.masked_fill(padding[:, None], 0)

@@ -39,12 +39,14 @@ class ExportedDetr(nn.Module):
         class_names: Sequence[str] = (),
         mask_threshold: float | None = None,
         panoptic: PanopticMerger | None = None,
+        size_divisibility: int = 1,
     ):
         """
         Args:
             run: the function in the file.
             input_format, class_names: as the model was trained.
             mask_threshold, panoptic: as those of `Detr`; None: the file has no masks.
+            size_divisibility: what the file pads images to before it makes masks.
         """
         super().__init__()
         self.run = run
@@ -52,6 +54,7 @@ class ExportedDetr(nn.Module):
         self.class_names = list(class_names)
         self.mask_threshold = mask_threshold
         self.panoptic = panoptic
+        self.size_divisibility = size_divisibility
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +78,8 @@ class ExportedDetr(nn.Module):
             places = (queries[rows] == wanted[:, None]).int().argmax(1)
             return logits[rows, places]
 
-        size = images.shape[-2:]
+        divisor = self.size_divisibility
+        size = tuple(-(-length // divisor) * divisor for length in images.shape[-2:])
         add_masks(results, masks_of, batched_inputs, size, self.mask_threshold)
         if self.panoptic is not None:
             best = best_of_queries(scores, classes, queries)
@@ -134,6 +138,7 @@ def load_exported(path: str | Path, dtype: torch.dtype = torch.float32) -> Expor
         described.get("class_names") or (),
         described.get("mask_threshold"),
         PanopticMerger(**panoptic) if panoptic else None,
+        described.get("size_divisibility", 1),
     )
 
 
