@@ -1,5 +1,7 @@
 """One image to detections, through this package's predictor and detectron2's own."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
+from detr_d2 import get_detr_cfg
 from detr_d2.checkpoint.convert import convert_checkpoint
 from detr_d2.checkpoint.write import write_checkpoint
 from detr_d2.engine import DetrPredictor
+from detr_d2.engine.main import evaluate
 from detr_d2.errors import UserError
 
 from .helpers import tiny_cfg
@@ -113,3 +117,80 @@ def test_own_weights_need_no_registered_data_set(cfg, tmp_path):
     assert predictor.metadata.thing_classes == names
     head = predictor.model.transformer.decoder.heads[0].class_head.weight
     assert torch.equal(head, model.transformer.decoder.heads[0].class_head.weight)
+
+
+class Recorder:
+    """In place of a runtime: finds one thing, and remembers the images."""
+
+    def __call__(self, images, sizes):
+        self.images = images
+        boxes = torch.tensor([[[1.0, 2.0, 30.0, 40.0]]])
+        return boxes, torch.tensor([[0.5]]), torch.tensor([[1]])
+
+
+@pytest.fixture
+def exported(monkeypatch, tmp_path):
+    """Config of a file whose description has the given values, and its runtime."""
+    recorder = Recorder()
+    monkeypatch.setattr("detr_d2.deploy.runtime.open_model", lambda path, dtype: recorder)
+
+    def make(cfg, **description):
+        (tmp_path / "model.onnx").write_bytes(b"")
+        description = {"input_format": "RGB", "class_names": ["cat", "dog"]} | description
+        (tmp_path / "model.json").write_text(json.dumps(description))
+        return with_weights(cfg, tmp_path / "model.onnx"), recorder
+
+    return make
+
+
+def test_exported_models_tell_their_pixels_and_classes(exported, image):
+    """With a config that knows nothing of them; detectron2's channels are BGR."""
+    cfg, recorder = exported(get_detr_cfg(), min_size=70, max_size=90)
+    assert cfg.INPUT.FORMAT == "BGR"
+    predictor = DetrPredictor(cfg)
+    predictor(image)
+    rgb = torch.from_numpy(image[:, :, ::-1].transpose(2, 0, 1).copy())
+    assert torch.equal(recorder.images[0], rgb.float())
+    assert predictor.metadata.thing_classes == ["cat", "dog"]
+    DetrPredictor(exported(get_detr_cfg(), input_format="BGR", min_size=70)[0])(image)
+    assert torch.equal(recorder.images[0].flip(0), rgb.float())
+
+
+def test_sizes_of_the_config_come_before_those_of_the_file(exported, image):
+    cfg, recorder = exported(get_detr_cfg(), min_size=70, max_size=90)
+    cfg.INPUT.MIN_SIZE_TEST = 35
+    DetrPredictor(cfg)(image)
+    assert recorder.images.shape[2:] == (35, 45)
+
+
+def test_other_classes_than_the_data_sets_are_the_files(exported):
+    cfg, _ = exported(get_detr_cfg())
+    cfg.DATASETS.TEST = ("coco_2017_val",)
+    assert DetrPredictor(cfg).metadata.thing_classes == ["cat", "dog"]
+    coco = MetadataCatalog.get("coco_2017_val")
+    cfg, _ = exported(cfg, class_names=coco.thing_classes)
+    assert DetrPredictor(cfg).metadata is coco
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"input_format": "BGR"}, "expects BGR images, and INPUT.FORMAT is RGB: set INPUT.FORMAT"),
+        ({}, "has 2 classes and the data set 80; class 0 is 'cat' in the file and 'person' in"),
+    ],
+)
+def test_files_for_other_pixels_or_classes_are_not_evaluated(exported, description, message):
+    cfg = tiny_cfg("DATASETS.TEST", ("coco_2017_val",))
+    with pytest.raises(UserError, match=f"model.onnx' {message}"):
+        evaluate(exported(cfg, **description)[0])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"input_format": 1, "class_names": 2}'])
+def test_descriptions_that_are_none_are_refused(exported, tmp_path, text):
+    cfg, _ = exported(get_detr_cfg())
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(UserError, match="model.json' does not describe an exported model"):
+        DetrPredictor(cfg)
+    (tmp_path / "model.json").unlink()
+    with pytest.raises(UserError, match="model.json' is missing: it says what the pixels, classes"):
+        DetrPredictor(cfg)

@@ -2,10 +2,11 @@
 
 from .export import export_model
 from .optimize import optimize_for_inference, prepare_for_inference, to_dtype
-from .runtime import ExportedDetr, is_exported, load_exported
+from .runtime import ExportedDetr, check_same, is_exported, load_exported
 
 __all__ = [
     "ExportedDetr",
+    "check_same",
     "export_model",
     "is_exported",
     "load_exported",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ class ExportedDetr(nn.Module):
         mask_threshold: float | None = None,
         panoptic: PanopticMerger | None = None,
         size_divisibility: int = 1,
+        min_size: int | None = None,
+        max_size: int | None = None,
     ):
         """
         Args:
@@ -47,6 +50,7 @@ class ExportedDetr(nn.Module):
             input_format, class_names: as the model was trained.
             mask_threshold, panoptic: as those of `Detr`; None: the file has no masks.
             size_divisibility: what the file pads images to before it makes masks.
+            min_size, max_size: of images as the model is tested; None: nobody said.
         """
         super().__init__()
         self.run = run
@@ -55,6 +59,8 @@ class ExportedDetr(nn.Module):
         self.mask_threshold = mask_threshold
         self.panoptic = panoptic
         self.size_divisibility = size_divisibility
+        self.min_size = min_size
+        self.max_size = max_size
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +91,33 @@ class ExportedDetr(nn.Module):
             best = best_of_queries(scores, classes, queries)
             add_panoptic(results, *best, masks_of, self.panoptic, batched_inputs, size)
         return results
+
+
+def check_same(
+    model: ExportedDetr, path: str, input_format: str, class_names: Sequence[str] | None
+) -> None:
+    """
+    Args:
+        input_format, class_names: of the images that the model is to be evaluated on.
+
+    Raises:
+        UserError: those of the file are others.
+    """
+    if model.input_format != input_format:
+        raise UserError(
+            f"'{path}' expects {model.input_format} images, and INPUT.FORMAT is {input_format}: "
+            f"set INPUT.FORMAT {model.input_format}."
+        )
+    ours, theirs = model.class_names, list(class_names or ())
+    if not ours or not theirs or ours == theirs:
+        return
+    pairs = zip_longest(ours, theirs)
+    index, pair = next((i, pair) for i, pair in enumerate(pairs) if len(set(pair)) > 1)
+    raise UserError(
+        f"'{path}' has {len(ours)} classes and the data set {len(theirs)}; class {index} is "
+        f"{pair[0]!r} in the file and {pair[1]!r} in the data set: evaluate on data with the "
+        "classes of the file."
+    )
 
 
 def best_of_queries(scores: Tensor, classes: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,24 +155,37 @@ def load_exported(path: str | Path, dtype: torch.dtype = torch.float32) -> Expor
         dtype: float32; OpenVINO computes in bfloat16, too, where the processor can.
 
     Raises:
-        UserError: there is no such file, it cannot be read, or its runtime is not installed.
+        UserError: there is no such file, it or its `.json` cannot be read, or its runtime is not
+            installed.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no exported model at '{path}'.")
-    described: dict[str, Any] = {}
+    run = open_model(path, dtype)
     description = path.with_suffix(".json")
-    if description.is_file():
+    if not description.is_file():
+        raise UserError(
+            f"'{description}' is missing: it says what the pixels, classes and masks of '{path}' "
+            "are, so copy it, too."
+        )
+    try:
         described = json.loads(description.read_text())
-    panoptic = described.get("panoptic")
-    return ExportedDetr(
-        open_model(path, dtype),
-        described.get("input_format", "RGB"),
-        described.get("class_names") or (),
-        described.get("mask_threshold"),
-        PanopticMerger(**panoptic) if panoptic else None,
-        described.get("size_divisibility", 1),
-    )
+        panoptic = described.get("panoptic")
+        return ExportedDetr(
+            run,
+            described["input_format"],
+            described["class_names"] or (),
+            described.get("mask_threshold"),
+            PanopticMerger(**panoptic) if panoptic else None,
+            described.get("size_divisibility", 1),
+            described.get("min_size"),
+            described.get("max_size"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{description}' does not describe an exported model ({type(error).__name__}: "
+            f"{error}): export the model again."
+        ) from error
 
 
 def open_model(path: Path, dtype: torch.dtype = torch.float32) -> Run:

@@ -19,9 +19,16 @@ from yaml import YAMLError
 
 from ..checkpoint import DetrCheckpointer
 from ..config import get_detr_cfg
-from ..data import parse_register_argument, register_coco_dataset
+from ..data import classes_of, parse_register_argument, register_coco_dataset
 from ..data.classes import settle_num_classes
-from ..deploy import export_model, is_exported, load_exported, prepare_for_inference, to_dtype
+from ..deploy import (
+    check_same,
+    export_model,
+    is_exported,
+    load_exported,
+    prepare_for_inference,
+    to_dtype,
+)
 from ..errors import UserError
 from ..model_zoo import trained_weights
 from .launch import one_line
@@ -188,6 +195,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
     """
     if is_exported(cfg.MODEL.WEIGHTS):
         model: nn.Module = load_exported(cfg.MODEL.WEIGHTS, to_dtype(cfg.MODEL.INFERENCE.DTYPE))
+        check_same(model, cfg.MODEL.WEIGHTS, cfg.INPUT.FORMAT, classes_of(cfg.DATASETS.TEST))
         if cfg.MODEL.MASK_ON and model.mask_threshold is None:
             raise UserError(f"'{cfg.MODEL.WEIGHTS}' has no masks: set MODEL.MASK_ON False.")
         if cfg.MODEL.DETR.PANOPTIC.ENABLED and model.panoptic is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -14,17 +14,20 @@ from ..checkpoint import load_weights, read_checkpoint
 from ..data import classes_of
 from ..data.classes import compare_num_classes
 from ..data.dataset_mapper import build_augmentation
-from ..deploy import is_exported, load_exported, prepare_for_inference, to_dtype
+from ..deploy import ExportedDetr, is_exported, load_exported, prepare_for_inference, to_dtype
 
 
 class DetrPredictor(DefaultPredictor):
     """`DefaultPredictor` whose `MODEL.WEIGHTS` may be of any format that this package knows, or an
     exported model; it computes in the way `MODEL.INFERENCE` says.
 
-    The data sets need not be registered: checkpoints of this package tell their classes. Called
-    with an image (H, W, 3), uint8, BGR as OpenCV reads it, it returns {"instances": Instances} at
-    the image's size. (detectron2's own predictor works with this package's `.pth` files; its
-    checkpointer knows no other format and unpickles `.pkl` files without restriction.)
+    The data sets need not be registered: checkpoints of this package tell their classes. An
+    exported model also tells its channel order and classes, whatever the config says, and the size
+    of images where the config has detectron2's default.
+
+    Called with an image (H, W, 3), uint8, BGR as OpenCV reads it, it returns {"instances":
+    Instances} at the image's size. (detectron2's own predictor works with this package's `.pth`
+    files; its checkpointer knows no other format and unpickles `.pkl` files without restriction.)
     """
 
     def __init__(self, cfg: CfgNode):
@@ -35,20 +38,32 @@ class DetrPredictor(DefaultPredictor):
         self.cfg = cfg.clone()
         self.cfg.defrost()
         names = [n for n in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN] if n in DatasetCatalog][:1]
-        self.metadata = MetadataCatalog.get(names[0]) if names else Metadata()
         if is_exported(cfg.MODEL.WEIGHTS):
             self.model = load_exported(cfg.MODEL.WEIGHTS, to_dtype(cfg.MODEL.INFERENCE.DTYPE))
-            self.cfg.MODEL.DEVICE = "cpu"
+            self._follow(self.model)
             classes = self.model.class_names
+            if classes and classes != classes_of(names):
+                names = []
         else:
             classes = classes_of(names) or read_checkpoint(cfg.MODEL.WEIGHTS).get("class_names")
             self.model = self._load(classes)
+        self.metadata = MetadataCatalog.get(names[0]) if names else Metadata()
         if not names:
             self.metadata.thing_classes = classes
+        settings = self.cfg.INPUT
         [self.aug] = build_augmentation(
-            False, min_size=cfg.INPUT.MIN_SIZE_TEST, max_size=cfg.INPUT.MAX_SIZE_TEST
+            False, min_size=settings.MIN_SIZE_TEST, max_size=settings.MAX_SIZE_TEST
         )
-        self.input_format = cfg.INPUT.FORMAT
+        self.input_format = settings.FORMAT
+
+    def _follow(self, model: ExportedDetr) -> None:
+        """Takes channel order and size of images, and the device, from an exported model."""
+        self.cfg.MODEL.DEVICE = "cpu"
+        settings, defaults = self.cfg.INPUT, get_cfg().INPUT
+        settings.FORMAT = model.input_format
+        for key, size in (("MIN_SIZE_TEST", model.min_size), ("MAX_SIZE_TEST", model.max_size)):
+            if size and settings[key] == defaults[key]:
+                settings[key] = size
 
     def _load(self, classes: Sequence[str] | None) -> nn.Module:
         cfg = self.cfg
