@@ -11,11 +11,12 @@ from detr_d2 import export_model, load_exported, optimize_for_inference
 from detr_d2.deploy import export, runtime
 from detr_d2.deploy.exportable import ExportableDetr
 from detr_d2.deploy.runtime import ExportedDetr, as_batch, best_of_queries
+from detr_d2.engine import main
 from detr_d2.engine.main import evaluate
 from detr_d2.errors import UserError
 from detr_d2.modeling.panoptic import PanopticMerger
 
-from .helpers import VARIANTS, random_inputs, tiny_cfg
+from .helpers import CONFIGS, VARIANTS, random_inputs, tiny_cfg
 from .test_optimize import make_model
 
 SUFFIXES = [".pt2", ".onnx", ".xml"]
@@ -238,6 +239,16 @@ def test_refusals(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(UserError, match="'onnxscript' is needed here .* pip install onnxscript"):
         export_model(model, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [("", "MODEL.WEIGHTS is empty"), ("model.pt2", "'model.pt2', which is exported already")],
+)
+def test_what_is_not_exported(tmp_path, weights, message):
+    arguments = str(CONFIGS / "DigitScenes" / "dino_tiny.yaml"), str(tmp_path / "new.onnx")
+    with pytest.raises(UserError, match=message):
+        main.export(*arguments, ["MODEL.WEIGHTS", weights])
 
 
 MASKS = ("MODEL.MASK_ON", True, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4"])

@@ -87,13 +87,19 @@ def test_original_format(cfg, image, tmp_path, file):
     assert_same(DetrPredictor(with_weights(cfg, path))(image), DetrPredictor(cfg)(image))
 
 
-def test_metadata_is_that_of_the_data_set(cfg):
-    cfg = cfg.clone()
+def test_metadata_is_that_of_the_data_set(cfg, tmp_path):
+    cfg = with_weights(cfg, tmp_path / "model.pth")
+    cfg.MODEL.DETR.NUM_CLASSES = 80
+    write_checkpoint(cfg.MODEL.WEIGHTS, build_model(cfg).state_dict())
     cfg.MODEL.DETR.NUM_CLASSES = 0
     cfg.DATASETS.TEST = ("coco_2017_val",)
-    cfg.MODEL.WEIGHTS = ""
     predictor = DetrPredictor(cfg)
     assert predictor.metadata is MetadataCatalog.get("coco_2017_val")
+
+
+def test_empty_weights(cfg):
+    with pytest.raises(UserError, match="MODEL.WEIGHTS is empty: name the checkpoint"):
+        DetrPredictor(with_weights(cfg, ""))
 
 
 def test_missing_weights(cfg, tmp_path):

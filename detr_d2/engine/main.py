@@ -234,6 +234,11 @@ def export(config_file: str, path: str, overrides: list[str]) -> None:
     cfg = load_config(config_file, overrides)
     if "MODEL.WEIGHTS" not in overrides[::2]:
         cfg.MODEL.WEIGHTS = trained_weights(config_file) or cfg.MODEL.WEIGHTS
+    if is_exported(cfg.MODEL.WEIGHTS):
+        raise UserError(
+            f"MODEL.WEIGHTS is '{cfg.MODEL.WEIGHTS}', which is exported already: name the "
+            "checkpoint that it was exported from."
+        )
     cfg.MODEL.DEVICE, cfg.MODEL.INFERENCE.BACKEND = "cpu", "none"
     setup_logger(name="detr_d2")
     predictor = DetrPredictor(cfg)

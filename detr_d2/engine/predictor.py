@@ -15,6 +15,7 @@ from ..data import classes_of
 from ..data.classes import compare_num_classes
 from ..data.dataset_mapper import build_augmentation
 from ..deploy import ExportedDetr, is_exported, load_exported, prepare_for_inference, to_dtype
+from ..errors import UserError
 
 
 class DetrPredictor(DefaultPredictor):
@@ -35,6 +36,8 @@ class DetrPredictor(DefaultPredictor):
         Raises:
             UserError: weights that cannot be used, or nothing tells the number of classes.
         """
+        if not cfg.MODEL.WEIGHTS:
+            raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to detect with.")
         self.cfg = cfg.clone()
         self.cfg.defrost()
         names = [n for n in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN] if n in DatasetCatalog][:1]
@@ -71,7 +74,6 @@ class DetrPredictor(DefaultPredictor):
             num_classes = len(classes) if classes else compare_num_classes(0, [])
             cfg.MODEL.DETR.NUM_CLASSES = num_classes
         model = build_model(cfg).eval()
-        if cfg.MODEL.WEIGHTS:
-            report, _ = load_weights(model, cfg.MODEL.WEIGHTS, classes)
-            report.refuse_untrained(cfg.MODEL.WEIGHTS)
+        report, _ = load_weights(model, cfg.MODEL.WEIGHTS, classes)
+        report.refuse_untrained(cfg.MODEL.WEIGHTS)
         return prepare_for_inference(cfg, model)
