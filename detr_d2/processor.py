@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 
@@ -15,7 +17,18 @@ def is_bfloat16_fast() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return is_supported is not None and is_supported()
+    return is_supported is not None and is_supported() and _has_bfloat16_instructions()
+
+
+def _has_bfloat16_instructions() -> bool:
+    """On x86 oneDNN counts every AVX512, and emulates what Skylake and Cascade Lake lack."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # of newer PyTorch
+    if "avx512_bf16" in known:
+        return known["avx512_bf16"] or known.get("amx_bf16", False)
+    is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return is_supported is None or is_supported()
 
 
 def fast_types() -> list[torch.dtype]:

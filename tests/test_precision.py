@@ -103,12 +103,36 @@ def test_speed_of_bfloat16_is_what_the_instructions_say():
     known = get_capabilities()
     if known.get("architecture") != "x86_64":
         pytest.skip("what else computes bfloat16 depends on how PyTorch was built")
-    if known.get("avx512_f") and not known.get("avx512_bf16"):
-        pytest.skip("emulated by AVX512, as fast as float32 or a little slower")
     fast = bool(known.get("avx512_bf16") or known.get("amx_bf16"))
     assert (
         is_bfloat16_fast() == fast and fast_types() == [torch.float32, torch.bfloat16][: 1 + fast]
     )
+
+
+@pytest.mark.parametrize(
+    ("machine", "capabilities", "older", "fast"),
+    [
+        ("x86_64", {"avx512_bf16": False, "amx_bf16": False}, True, False),  # Cascade Lake
+        ("x86_64", {"avx512_bf16": True}, False, True),
+        ("AMD64", {"avx512_bf16": False, "amx_bf16": True}, False, True),
+        ("x86_64", {}, False, False),
+        ("x86_64", {}, True, True),
+        ("x86_64", None, None, True),  # a PyTorch that cannot tell
+        ("aarch64", {"avx512_bf16": False}, False, True),
+    ],
+)
+def test_emulated_bfloat16_is_not_fast(monkeypatch, machine, capabilities, older, fast):
+    """Of processors that oneDNN says yes to, for all of them have AVX512."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    told = {"get_capabilities": capabilities, "_is_avx512_bf16_supported": older}
+    for name, value in told.items():
+        if value is None:
+            monkeypatch.delattr(torch.cpu, name, raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, name, lambda value=value: value, raising=False)
+    assert is_bfloat16_fast() == fast
 
 
 def test_gradients_are_scaled_for_float16_only(monkeypatch):
