@@ -1,6 +1,7 @@
 """A model made fast finds what the plain one finds, and leaves that one as it was."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicStem
 from torch import nn
 
-from detr_d2.deploy import optimize_for_inference
+from detr_d2.deploy import optimize, optimize_for_inference, prepare_for_inference
 from detr_d2.deploy.fold import fold_batch_norms
 from detr_d2.deploy.optimize import RememberedPositions
 from detr_d2.deploy.pack import (
@@ -87,6 +88,23 @@ def test_bfloat16_is_near(variant):
         assert (actual.boxes - expected.boxes).abs().mean() < 5e-3
 
 
+@pytest.mark.parametrize("variant", ["detr_tiny", "dino_tiny"])
+@torch.no_grad()
+def test_prediction_heads_are_float32_where_nothing_is_packed(variant, monkeypatch):
+    """As on GPUs."""
+    monkeypatch.setattr(optimize, "is_bfloat16_fast", lambda: True)
+    monkeypatch.setattr(optimize.pack, "is_available", lambda: False)
+    fast = optimize_for_inference(make_model(variant), "bfloat16")
+    types = {}
+    for name, module in fast.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, x, y, name=name: types.update({name: y.dtype}))
+    fast(random_inputs([(64, 64)]))
+    is_head = re.compile("class_head|box_head").search
+    found = {(bool(is_head(name)), dtype) for name, dtype in types.items()}
+    assert found == {(True, torch.float32), (False, torch.bfloat16)}
+
+
 @torch.no_grad()
 def test_the_model_stays_as_it_was():
     model = make_model("dino_tiny").train()
@@ -117,6 +135,16 @@ def test_slow_bfloat16_is_float32(monkeypatch, caplog):
 def test_other_types_are_refused():
     with pytest.raises(UserError, match="float32 or bfloat16, not in torch.float16"):
         optimize_for_inference(make_model("detr_tiny"), torch.float16)
+
+
+def test_what_a_backend_does_not_do_is_refused():
+    model = make_model("detr_tiny")
+    with pytest.raises(UserError, match="onnxruntime is not compiled by PyTorch: set MODEL.INF"):
+        optimize_for_inference(model, compile=True, backend="onnxruntime")
+    for key, value in (("DTYPE", "bfloat16"), ("COMPILE", True)):
+        cfg = tiny_cfg("MODEL.INFERENCE.BACKEND", "none", f"MODEL.INFERENCE.{key}", value)
+        with pytest.raises(UserError, match=f"BACKEND none runs .*{key}.* {value}"):
+            prepare_for_inference(cfg, model)
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,11 +49,17 @@ def optimize_for_inference(
         backend: "torch", or "openvino" or "onnxruntime", for which the model is exported first.
 
     Raises:
-        UserError: another type or backend, or the backend's package is missing.
+        UserError: another type or backend, the backend's package is missing, or it is to be
+            compiled.
     """
     dtype = to_dtype(dtype)
     if backend not in BACKENDS:
         raise UserError(f"The backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
+    if compile and backend != "torch":
+        raise UserError(
+            f"The backend {backend} is not compiled by PyTorch: set MODEL.INFERENCE.COMPILE False "
+            "(compile=False), or the backend to torch."
+        )
     if backend != "torch":
         return exported(model, dtype, BACKENDS[backend])
     if dtype == torch.bfloat16 and model.device.type == "cpu" and not is_bfloat16_fast():
@@ -63,20 +70,35 @@ def optimize_for_inference(
     queries = fast.transformer.queries
     if isinstance(queries, TopKQueries):
         queries.supervise_all = False
+    # In float32 whatever the type: a box in bfloat16 is as coarse as 1/256 of the image.
+    heads = [m for m in fast.modules() if isinstance(m, PredictionHead)]
     if compile:
         fast.backbone = torch.compile(fast.backbone)
         fast.transformer = torch.compile(fast.transformer)
     elif fast.device.type == "cpu" and pack.is_available():
         fast.neck.position = RememberedPositions(fast.neck.position)
-        for head in [m for m in fast.modules() if isinstance(m, PredictionHead)]:
-            # float32 whatever the type: a box in bfloat16 is as coarse as 1/256 of the image.
+        for head in heads:
             pack.pack(head, torch.float32)
         pack.pack(fast, dtype)
         return fast
     if dtype != torch.float32:
+        for part in [p for head in heads for p in (head.class_head, head.box_head)]:
+            part.forward = _in_float32(part.forward, fast.device.type)
         autocast = torch.autocast(fast.device.type, dtype)
         fast.forward, fast.predict = autocast(fast.forward), autocast(fast.predict)
     return fast
+
+
+def _in_float32(
+    function: Callable[[Tensor], Tensor], device_type: str
+) -> Callable[[Tensor], Tensor]:
+    """A function that autocast leaves alone."""
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast(device_type, enabled=False):
+            return function(x.float())
+
+    return run
 
 
 def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -91,9 +113,19 @@ def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def prepare_for_inference(cfg: CfgNode, model: Detr) -> nn.Module:
-    """The model as `MODEL.INFERENCE` wants it."""
+    """The model as `MODEL.INFERENCE` wants it.
+
+    Raises:
+        UserError: it wants what its backend cannot do.
+    """
     settings = cfg.MODEL.INFERENCE
     if settings.BACKEND == "none":
+        if settings.COMPILE or to_dtype(settings.DTYPE) != torch.float32:
+            raise UserError(
+                "MODEL.INFERENCE.BACKEND none runs the model as it is, and DTYPE is "
+                f"{settings.DTYPE}, COMPILE {settings.COMPILE}: set BACKEND torch, or float32 and "
+                "False."
+            )
         return model.eval()
     return optimize_for_inference(model, settings.DTYPE, settings.COMPILE, settings.BACKEND)
 

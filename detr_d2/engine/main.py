@@ -239,7 +239,9 @@ def export(config_file: str, path: str, overrides: list[str]) -> None:
             f"MODEL.WEIGHTS is '{cfg.MODEL.WEIGHTS}', which is exported already: name the "
             "checkpoint that it was exported from."
         )
-    cfg.MODEL.DEVICE, cfg.MODEL.INFERENCE.BACKEND = "cpu", "none"
+    cfg.MODEL.DEVICE = "cpu"
+    settings = cfg.MODEL.INFERENCE
+    settings.BACKEND, settings.DTYPE, settings.COMPILE = "none", "float32", False
     setup_logger(name="detr_d2")
     predictor = DetrPredictor(cfg)
     export_model(
