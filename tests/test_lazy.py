@@ -119,3 +119,15 @@ def test_misspelt_keys_are_refused():
     lazy.check_overrides(config, ["train.max_iter=3", "+dataloader.evaluator.extra=1"])
     with pytest.raises(UserError, match="no key 'train.max_iters'"):
         lazy.check_overrides(config, ["train.max_iters=3"])
+
+
+def test_classes_and_logits_must_agree():
+    """Nothing ties the two keys together."""
+    config = LazyConfig.load(str(CONFIGS / "DigitScenes/detr_tiny.py"))
+    lazy.check_num_classes(config, ["digit_scenes_val"])
+    config.model.criterion.num_classes = 3
+    message = "num_classes is 3, but .*'digit_scenes_val' has 10 classes: set it to 10, and .* 11,"
+    with pytest.raises(UserError, match=message):
+        lazy.check_num_classes(config, ["digit_scenes_val"])
+    with pytest.raises(UserError, match="has 11 logits, but .* 3 classes need 4: .*num_logits=4"):
+        instantiate(config.model)

@@ -39,13 +39,11 @@ def settle_num_classes(cfg: CfgNode, dataset_names: Sequence[str]) -> CfgNode:
     return settled
 
 
-def compare_num_classes(
-    configured: int, dataset_names: Sequence[str], key: str = "MODEL.DETR.NUM_CLASSES"
-) -> int:
+def compare_num_classes(configured: int, dataset_names: Sequence[str]) -> int:
     """The number of classes that config and data sets agree on.
 
     Args:
-        configured: what the config says under `key`; 0 leaves it to the data sets.
+        configured: what the config says; 0 leaves it to the data sets.
 
     Raises:
         UserError: two data sets, or a data set and the config, disagree; or nothing tells.
@@ -53,12 +51,12 @@ def compare_num_classes(
     classes = classes_of(dataset_names)
     if classes and configured and configured != len(classes):
         raise UserError(
-            f"{key} is {configured}, but the data set {dataset_names[0]!r} has {len(classes)} "
-            f"classes: set it to {len(classes)}, or to 0 to take the data set's."
+            f"MODEL.DETR.NUM_CLASSES is {configured}, but the data set {dataset_names[0]!r} has "
+            f"{len(classes)} classes: set it to {len(classes)}, or to 0 to take the data set's."
         )
     if not classes and not configured:
         raise UserError(
-            f"{key} is 0 (as many as the data set has), but DATASETS.TRAIN and DATASETS.TEST name "
-            "no data set with classes: set the key to your number of classes."
+            "MODEL.DETR.NUM_CLASSES is 0 (as many as the data set has), but DATASETS.TRAIN and "
+            "DATASETS.TEST name no data set with classes: set the key to your number of classes."
         )
     return configured or len(classes)

@@ -24,7 +24,6 @@ from torch import nn
 
 from ..checkpoint import DetrCheckpointer
 from ..data import classes_of, parse_register_argument, register_coco_dataset
-from ..data.classes import compare_num_classes
 from ..errors import UserError
 from .main import shorten_user_error, warn_about_output
 from .precision import Precision
@@ -76,8 +75,23 @@ def setup(args: argparse.Namespace) -> Any:
         register_coco_dataset(*parse_register_argument(argument))
     names = [] if args.eval_only else list(cfg.dataloader.train.dataset.names)
     names.append(cfg.dataloader.evaluator.dataset_name)
-    compare_num_classes(cfg.model.criterion.num_classes, names, "model.criterion.num_classes")
+    check_num_classes(cfg, names)
     return cfg
+
+
+def check_num_classes(cfg: Any, dataset_names: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: the data sets have other numbers of classes than the config, or than each other.
+    """
+    configured, classes = cfg.model.criterion.num_classes, classes_of(dataset_names)
+    if classes and len(classes) != configured:
+        raise UserError(
+            f"model.criterion.num_classes is {configured}, but the data set {dataset_names[0]!r} "
+            f"has {len(classes)} classes: set it to {len(classes)}, and "
+            f"model.transformer.num_logits, now {cfg.model.transformer.num_logits}, to as many, "
+            "with softmax one more."
+        )
 
 
 def check_overrides(cfg: Any, overrides: Sequence[str]) -> None:

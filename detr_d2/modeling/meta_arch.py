@@ -16,9 +16,11 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from ..box_ops import cxcywh_to_xyxy, xyxy_to_cxcywh
+from ..errors import UserError
 from ..structures import LayerOutput, Memory, Predictions, Target
 from .build import build_parts
 from .frozen_norm import fold_frozen_norms
+from .heads import PredictionHead
 from .mask_head import MaskSource
 from .neck import padding_mask
 from .panoptic import PanopticMerger
@@ -63,8 +65,12 @@ class Detr(nn.Module):
             mask_threshold: a pixel of greater probability belongs to the mask.
             panoptic: (mask logits, scores, classes, size) -> `panoptic_seg`.
             frozen_detector: train the mask head alone.
+
+        Raises:
+            UserError: the transformer predicts other classes than the criterion compares.
         """
         super().__init__()
+        check_num_logits(transformer, criterion.classification)
         fold_frozen_norms(backbone)
         self.backbone = backbone
         self.neck = neck
@@ -269,3 +275,21 @@ class Detr(nn.Module):
             )
             results.append({"instances": instances})
         return results
+
+
+def check_num_logits(transformer: nn.Module, classification: nn.Module) -> None:
+    """
+    Raises:
+        UserError: a head has more or fewer logits than the classification. Most losses would not
+            notice, and the model predict classes that do not exist.
+    """
+    for module in transformer.modules():
+        if not isinstance(module, PredictionHead):
+            continue
+        if module.class_head.out_features != classification.num_logits:
+            raise UserError(
+                f"The transformer has {module.class_head.out_features} logits, but the criterion's "
+                f"{classification.num_classes} classes need {classification.num_logits}: give "
+                f"build_transformer num_logits={classification.num_logits} "
+                "(model.transformer.num_logits in a LazyConfig)."
+            )
