@@ -4,10 +4,13 @@ import importlib.util
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import load_coco_json
 from detectron2.modeling import build_model
 from PIL import Image
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -475,3 +478,15 @@ def test_missing_files_of_a_built_in_data_set(config, register, monkeypatch, tmp
         *("DATASETS.TEST", "()", "MODEL.DETR.NUM_CLASSES", 80),
     )
     assert "instances_train2017.json" in message and "DETECTRON2_DATASETS" in message
+
+
+@pytest.mark.parametrize("mode", [[], ["--eval-only"]])
+def test_missing_files_are_no_fault_of_the_output_folder(config, mode, tmp_path):
+    """Classes that are known only when the data is loaded, here to settle how many there are."""
+    name = "annotations_missing"
+    with unregistering():
+        load = partial(load_coco_json, str(tmp_path / "missing.json"), str(tmp_path), name)
+        DatasetCatalog.register(name, load)
+        names = ("DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", f"('{name}',)")
+        message = fail("--config-file", config, *mode, *names)
+    assert "missing.json" in message and "OUTPUT_DIR" not in message

@@ -25,7 +25,7 @@ from torch import nn
 from ..checkpoint import DetrCheckpointer
 from ..data import classes_of, parse_register_argument, register_coco_dataset
 from ..errors import UserError
-from .main import shorten_user_error, warn_about_output
+from .main import blaming_output, shorten_user_error, warn_about_output
 from .precision import Precision
 from .step import StepTrainer
 
@@ -68,8 +68,9 @@ def setup(args: argparse.Namespace) -> Any:
     saved = copy.deepcopy(cfg)
     if args.eval_only:  # beside its results, not in place of a training's
         saved.train.output_dir = os.path.join(cfg.train.output_dir, "inference")
-    default_setup(saved, args)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detr_d2")
+    with blaming_output("train.output_dir", cfg.train.output_dir):
+        default_setup(saved, args)
+        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detr_d2")
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     for argument in args.register:
         register_coco_dataset(*parse_register_argument(argument))

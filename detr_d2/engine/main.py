@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
@@ -63,17 +64,28 @@ def setup(args: argparse.Namespace) -> CfgNode:
         raise UserError("DATASETS.TEST is empty: name at least one data set to evaluate on.")
     if args.eval_only and "MODEL.WEIGHTS" not in args.opts[::2]:
         cfg.MODEL.WEIGHTS = trained_weights(args.config_file) or cfg.MODEL.WEIGHTS
-    try:
+    with blaming_output("OUTPUT_DIR", cfg.OUTPUT_DIR):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_d2")
-        register_datasets(cfg, args.register)
-        training_names = () if args.eval_only else cfg.DATASETS.TRAIN
-        cfg = settle_num_classes(cfg, [*training_names, *cfg.DATASETS.TEST])
-        cfg.freeze()
+    register_datasets(cfg, args.register)
+    training_names = () if args.eval_only else cfg.DATASETS.TRAIN
+    cfg = settle_num_classes(cfg, [*training_names, *cfg.DATASETS.TEST])
+    cfg.freeze()
+    with blaming_output("OUTPUT_DIR", cfg.OUTPUT_DIR):
         default_setup(place_of_config(cfg, args.eval_only), args)
-    except OSError as error:
-        raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be used: {error}.") from error
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     return cfg
+
+
+@contextmanager
+def blaming_output(key: str, folder: str) -> Iterator[None]:
+    """
+    Raises:
+        UserError: what is done inside cannot write to the folder that `key` names.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{key} {folder!r} cannot be used: {error}.") from error
 
 
 def place_of_config(cfg: CfgNode, eval_only: bool) -> CfgNode:
