@@ -9,6 +9,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 
 from detr_d2 import model_zoo
+from detr_d2.data import classes_of
 from detr_d2.engine import lazy, main
 from detr_d2.engine.launch import argument_parser
 from detr_d2.errors import UserError
@@ -131,3 +132,19 @@ def test_classes_and_logits_must_agree():
         lazy.check_num_classes(config, ["digit_scenes_val"])
     with pytest.raises(UserError, match="has 11 logits, but .* 3 classes need 4: .*num_logits=4"):
         instantiate(config.model)
+
+
+def test_an_evaluation_needs_no_training_data(few_digits, tmp_path):
+    """Nor does it take its classes for those of the data it evaluates on."""
+    from detr_d2.checkpoint import DetrCheckpointer
+
+    config = CONFIGS / "DigitScenes/detr_tiny.py"
+    model = instantiate(LazyConfig.load(str(config)).model)
+    names = classes_of(["digit_scenes_val"])
+    DetrCheckpointer(model, str(tmp_path), class_names=names).save("model")
+    arguments = f"""
+        --eval-only --config-file {config} train.output_dir={tmp_path}
+        train.init_checkpoint={tmp_path / "model.pth"} dataloader.test.num_workers=0
+        dataloader.train.dataset.names=["nowhere"]
+    """.split()
+    assert "bbox" in lazy.train_or_evaluate(argument_parser().parse_args(arguments))

@@ -44,7 +44,8 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
     cfg = setup(args)
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
-        checkpointer = build_checkpointer(cfg, model, LazyConfig.to_py(cfg))
+        evaluated = cfg.dataloader.evaluator.dataset_name
+        checkpointer = build_checkpointer(cfg, model, evaluated, LazyConfig.to_py(cfg))
         checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
         if checkpointer.report is None:
             raise UserError("train.init_checkpoint is empty: name the checkpoint to evaluate.")
@@ -123,7 +124,12 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
         seed=cfg.train.seed,
     )
     checkpointer = build_checkpointer(
-        cfg, model, config, trainer=weakref.proxy(trainer), optimizer=optimizer
+        cfg,
+        model,
+        cfg.dataloader.train.dataset.names[0],
+        config,
+        trainer=weakref.proxy(trainer),
+        optimizer=optimizer,
     )
     results: dict = {}
 
@@ -167,14 +173,14 @@ def build_loader(cfg: Any, seed: int) -> Any:
 
 
 def build_checkpointer(
-    cfg: Any, model: nn.Module, config: str, **checkpointables: Any
+    cfg: Any, model: nn.Module, dataset_name: str, config: str, **checkpointables: Any
 ) -> DetrCheckpointer:
-    """Checkpointer that saves class names and config along with the weights."""
-    classes = classes_of(list(cfg.dataloader.train.dataset.names)[:1])
+    """Checkpointer that knows, and saves along with the weights, the data set's class names and
+    the config."""
     return DetrCheckpointer(
         model,
         cfg.train.output_dir,
-        class_names=classes,
+        class_names=classes_of([dataset_name]),
         config=config,
         **checkpointables,
     )
