@@ -14,6 +14,8 @@ from detr_d2.engine import lazy, main
 from detr_d2.engine.launch import argument_parser
 from detr_d2.errors import UserError
 
+from .training import logging_as_before
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIRS = ["DigitScenes/detr_tiny", "COCO-Detection/detr_R_50_500ep"]
 
@@ -147,4 +149,6 @@ def test_an_evaluation_needs_no_training_data(few_digits, tmp_path):
         train.init_checkpoint={tmp_path / "model.pth"} dataloader.test.num_workers=0
         dataloader.train.dataset.names=["nowhere"]
     """.split()
-    assert "bbox" in lazy.train_or_evaluate(argument_parser().parse_args(arguments))
+    with logging_as_before():
+        assert "bbox" in lazy.train_or_evaluate(argument_parser().parse_args(arguments))
+    assert not (tmp_path / "log.txt").exists()

@@ -446,16 +446,18 @@ def test_a_backbone_is_not_evaluated(config, register, tmp_path):
 # The output folder
 
 
-def test_an_evaluation_leaves_the_config_of_the_training(config, register, tmp_path):
+def test_an_evaluation_leaves_config_and_log_of_the_training(config, register, tmp_path):
     options = ("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
     call("--config-file", config, *register, *options)
     saved = tmp_path / "out" / "config.yaml"
-    before = saved.read_text()
+    before, log = saved.read_text(), (tmp_path / "out" / "log.txt").read_text()
     assert "MAX_ITER: 1\n" in before and f"NUM_CLASSES: {len(CATEGORIES)}" in before
     weights = ("MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth")
     call("--config-file", config, *register, "--eval-only", *weights)
     assert saved.read_text() == before
     assert (tmp_path / "out" / "inference" / "config.yaml").exists()
+    assert (tmp_path / "out" / "log.txt").read_text() == log
+    assert "detr_d2" in (tmp_path / "out" / "inference" / "log.txt").read_text()
 
 
 def test_the_state_of_the_output_folder_is_said(tmp_path, caplog):

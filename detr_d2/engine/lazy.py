@@ -71,7 +71,7 @@ def setup(args: argparse.Namespace) -> Any:
         saved.train.output_dir = os.path.join(cfg.train.output_dir, "inference")
     with blaming_output("train.output_dir", cfg.train.output_dir):
         default_setup(saved, args)
-        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="detr_d2")
+        setup_logger(saved.train.output_dir, distributed_rank=comm.get_rank(), name="detr_d2")
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     for argument in args.register:
         register_coco_dataset(*parse_register_argument(argument))

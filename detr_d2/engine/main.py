@@ -65,7 +65,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if args.eval_only and "MODEL.WEIGHTS" not in args.opts[::2]:
         cfg.MODEL.WEIGHTS = trained_weights(args.config_file) or cfg.MODEL.WEIGHTS
     with blaming_output("OUTPUT_DIR", cfg.OUTPUT_DIR):
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="detr_d2")
+        folder = place_of_config(cfg, args.eval_only).OUTPUT_DIR
+        setup_logger(folder, distributed_rank=comm.get_rank(), name="detr_d2")
     register_datasets(cfg, args.register)
     training_names = () if args.eval_only else cfg.DATASETS.TRAIN
     cfg = settle_num_classes(cfg, [*training_names, *cfg.DATASETS.TEST])
