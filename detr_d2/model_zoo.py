@@ -5,7 +5,6 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
@@ -17,6 +16,7 @@ from .checkpoint.package_files import PackageFileHandler
 from .config import get_detr_cfg
 from .data import classes_of
 from .errors import UserError
+from .processor import usable_device
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/detr/"
 
@@ -123,15 +123,12 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
         device: where to put it; by default the config's, or the CPU on a machine without GPU.
     """
     cfg = get_config(config_path, trained)
-    if device is None and not torch.cuda.is_available():
-        device = "cpu"
     if isinstance(cfg, CfgNode):
-        if device is not None:
-            cfg.MODEL.DEVICE = device
+        cfg.MODEL.DEVICE = device or usable_device(cfg.MODEL.DEVICE)
         model, weights = build_model(cfg), cfg.MODEL.WEIGHTS
         names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1]
     else:
-        model = instantiate(cfg.model).to(device or cfg.train.device)
+        model = instantiate(cfg.model).to(device or usable_device(cfg.train.device))
         weights, names = cfg.train.init_checkpoint, list(cfg.dataloader.train.dataset.names)[:1]
     if weights:
         load_weights(model, weights, classes_of(names))

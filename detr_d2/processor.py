@@ -1,10 +1,21 @@
-"""What the processor computes fast."""
+"""Which processor there is, and what it computes fast."""
 
 from __future__ import annotations
 
+import logging
 import platform
 
 import torch
+
+logger = logging.getLogger(__name__)
+
+
+def usable_device(device: str) -> str:
+    """The device a config names, or the CPU where that is a GPU and there is none."""
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return device
+    logger.warning(f"No GPU is available: the device is the CPU, not {device!r}.")
+    return "cpu"
 
 
 def is_bfloat16_fast() -> bool:

@@ -200,3 +200,11 @@ def test_descriptions_that_are_none_are_refused(exported, tmp_path, text):
     (tmp_path / "model.json").unlink()
     with pytest.raises(UserError, match="model.json' is missing: it says what the pixels, classes"):
         DetrPredictor(cfg)
+
+
+def test_device_is_the_cpu_where_there_is_no_gpu(cfg, image, monkeypatch):
+    """What detectron2's configs say, most of which are made for GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda = cfg.clone()
+    cuda.MODEL.DEVICE = "cuda"
+    assert_same(DetrPredictor(cuda)(image), DetrPredictor(cfg)(image))

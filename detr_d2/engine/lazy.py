@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -25,6 +24,7 @@ from torch import nn
 from ..checkpoint import DetrCheckpointer
 from ..data import classes_of, parse_register_argument, register_coco_dataset
 from ..errors import UserError
+from ..processor import usable_device
 from .main import blaming_output, shorten_user_error, warn_about_output
 from .precision import Precision
 from .step import StepTrainer
@@ -64,8 +64,7 @@ def setup(args: argparse.Namespace) -> Any:
         cfg = LazyConfig.apply_overrides(cfg, args.opts)
     except (AssertionError, OverrideParseException, OmegaConfBaseException) as error:
         raise UserError(f"{args.config_file} with {' '.join(args.opts)}: {error}") from error
-    if cfg.train.device == "cuda" and not torch.cuda.is_available():
-        cfg.train.device = "cpu"
+    cfg.train.device = usable_device(cfg.train.device)
     saved = copy.deepcopy(cfg)
     if args.eval_only:  # beside its results, not in place of a training's
         saved.train.output_dir = os.path.join(cfg.train.output_dir, "inference")

@@ -32,6 +32,7 @@ from ..deploy import (
 )
 from ..errors import UserError
 from ..model_zoo import trained_weights
+from ..processor import usable_device
 from .launch import one_line
 from .predictor import DetrPredictor
 from .trainer import DetrTrainer, build_checkpointer
@@ -141,9 +142,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         # A KeyError's text is its message in quotation marks.
         message = error.args[0] if isinstance(error, KeyError) else error
         raise UserError(f"{source}: {message}") from error
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-        logger.warning("No GPU is available: MODEL.DEVICE becomes cpu.")
+    cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     check_names(cfg)
     prefer_iterations(cfg, overrides[::2])
     return cfg
