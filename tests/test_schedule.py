@@ -71,3 +71,17 @@ def test_drops_in_epochs_need_a_length_in_epochs():
 def test_a_drop_after_the_end_is_refused():
     with pytest.raises(UserError, match=r"STEP_EPOCHS \[3\] must come before.*EPOCHS 3"):
         resolve_epochs(make_cfg("SOLVER.EPOCHS", 3, "SOLVER.STEP_EPOCHS", [3]), num_images=160)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("SOLVER.EPOCHS", "abc", "EPOCHS is 'abc'; it must be a number"),
+        ("SOLVER.EPOCHS", -1, "EPOCHS is -1; it must be a number"),
+        ("TEST.EVAL_EPOCHS", float("nan"), "EVAL_EPOCHS is nan"),
+        ("SOLVER.STEP_EPOCHS", [1, "b"], "STEP_EPOCHS is 'b'"),
+    ],
+)
+def test_what_is_no_number_of_epochs_is_refused(key, value, message):
+    with pytest.raises(UserError, match=message):
+        resolve_epochs(make_cfg(key, value), num_images=160)

@@ -183,6 +183,8 @@ def test_no_config_file():
         ("SOLVER:\n  BASE_LR: fast\n", "SOLVER.BASE_LR"),
         ("_BASE_: nothing.yaml\n", "nothing.yaml"),
         ("VERSION: 99\n", "v99"),
+        ("", "must hold keys with values below them"),
+        ("- MODEL\n- SOLVER\n", "must hold keys with values below them"),
     ],
 )
 def test_wrong_config_file(tmp_path, text, expected):
@@ -204,6 +206,8 @@ def test_config_file_cannot_run_code(tmp_path):
     [
         (["MODEL.DETR.NUM_CLASES", "3"], "Non-existent key: MODEL.DETR.NUM_CLASES"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR"),
+        (["MODEL.DETR.NHEADS.X", "3"], "MODEL.DETR.NHEADS.X goes on below a value"),
+        (["MODEL.DETR", "3"], "MODEL.DETR is a group of keys"),
         (["SOLVER.BASE_LR"], "it must be a list of pairs"),
         (["MODEL.DEVICE", "cpu", "--num-gpus", "2"], "--num-gpus must stand before"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu'"),

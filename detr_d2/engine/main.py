@@ -135,6 +135,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         if config_file:
             cfg.merge_from_file(config_file, allow_unsafe=False)
         source = "The command line"
+        check_keys(cfg, overrides[::2])
         cfg.merge_from_list(overrides)
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error}.") from error
@@ -142,10 +143,33 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         # A KeyError's text is its message in quotation marks.
         message = error.args[0] if isinstance(error, KeyError) else error
         raise UserError(f"{source}: {message}") from error
+    except (TypeError, AttributeError) as error:  # yacs takes for granted that it has a mapping
+        raise UserError(
+            f"{source} must hold keys with values below them, as the files in configs/ do: {error}."
+        ) from error
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     check_names(cfg)
     prefer_iterations(cfg, overrides[::2])
     return cfg
+
+
+def check_keys(cfg: CfgNode, keys: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: a key that goes on below a value or ends above one. Of keys that do not exist,
+            yacs says so itself.
+    """
+    for key in keys:
+        node = cfg
+        for part in key.split("."):
+            if not isinstance(node, CfgNode):
+                raise UserError(f"The command line: {key} goes on below a value: shorten the key.")
+            if part not in node:
+                break
+            node = node[part]
+        else:
+            if isinstance(node, CfgNode):
+                raise UserError(f"The command line: {key} is a group of keys: name one of them.")
 
 
 def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:

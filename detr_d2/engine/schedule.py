@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 from detectron2.config import CfgNode
 
 from ..errors import UserError
@@ -15,9 +19,13 @@ def resolve_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
     the result says each thing once.
 
     Raises:
-        UserError: drops of the learning rate without a length in epochs, or after it.
+        UserError: drops of the learning rate without a length in epochs, or after it; or what is
+            no number of epochs.
     """
     solver = cfg.SOLVER
+    check_numbers("SOLVER.EPOCHS", [solver.EPOCHS])
+    check_numbers("SOLVER.STEP_EPOCHS", solver.STEP_EPOCHS)
+    check_numbers("TEST.EVAL_EPOCHS", [cfg.TEST.EVAL_EPOCHS])
     if solver.STEP_EPOCHS and not solver.EPOCHS:
         raise UserError("SOLVER.STEP_EPOCHS needs SOLVER.EPOCHS, which is not set.")
     if solver.EPOCHS and any(epoch >= solver.EPOCHS for epoch in solver.STEP_EPOCHS):
@@ -44,3 +52,14 @@ def resolve_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
     if cfg.is_frozen():
         resolved.freeze()
     return resolved
+
+
+def check_numbers(key: str, values: Sequence[Any]) -> None:
+    """
+    Raises:
+        UserError: one of a key's values is neither None nor a number of epochs.
+    """
+    for value in values:
+        if value is None or (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            continue
+        raise UserError(f"{key} is {value!r}; it must be a number of epochs, 0 or more.")
