@@ -1,6 +1,7 @@
 """Backbones against torchvision's and timm's own words."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -190,6 +191,21 @@ def test_timm_names_that_do_not_exist():
         build_backbone(timm_cfg("resnet_fifty"))
     with pytest.raises(UserError, match=r"MODEL.TIMM.OUT_INDICES \[9\]"):
         build_backbone(timm_cfg("test_resnet", "MODEL.TIMM.OUT_INDICES", [9]))
+
+
+def test_timm_models_of_one_size_say_so():
+    backbone = build_backbone(timm_cfg("test_vit_relpos", "MODEL.TIMM.OUT_INDICES", [0]))
+    with pytest.raises(
+        UserError, match="NAME .test_vit_relpos. does not take .* 96x64 pixels .*choose"
+    ):
+        backbone(torch.zeros(1, 3, 64, 96))
+
+
+def test_timm_is_asked_for_where_it_is_missing(monkeypatch):
+    cfg = timm_cfg("test_resnet")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="pip install timm"):
+        build_backbone(cfg)
 
 
 def test_detectron2s_norm_is_frozen():

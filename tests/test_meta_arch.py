@@ -361,6 +361,7 @@ def test_the_original_wrappers_yaml_loads_unchanged(tmp_path):
             "HIDDEN_DIM must be divisible by 4, got 34",
         ),
         (("MODEL.DETR.NHEADS", 5), r"HIDDEN_DIM \(32\) must be divisible by .*NHEADS \(5\)"),
+        (("MODEL.DETR.DEC_LAYERS", 0), "DEC_LAYERS must be 1 or more"),
         (("MODEL.MASK_ON", True), "MASK_ON needs backbone maps finer than res4"),
         (
             ("MODEL.DETR.NUM_CLASSES", 0, "DATASETS.TRAIN", (), "DATASETS.TEST", ()),

@@ -15,7 +15,7 @@ from detectron2.modeling.backbone.resnet import (
 )
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, require_package
 
 
 @BACKBONE_REGISTRY.register()
@@ -108,13 +108,7 @@ class TimmBackbone(Backbone):
                 `MODEL.BACKBONE.FREEZE_AT` does with ResNets; 0: nothing.
         """
         super().__init__()
-        try:
-            import timm
-            import timm.layers
-        except ImportError as error:
-            raise ImportError(
-                "MODEL.BACKBONE.NAME is build_timm_backbone, which needs timm: pip install timm"
-            ) from error
+        timm = require_package("timm", "timm")
         arguments = {"out_indices": tuple(out_indices)} if out_indices else {}
         try:
             body = timm.create_model(name, pretrained=pretrained, features_only=True, **arguments)
@@ -125,6 +119,7 @@ class TimmBackbone(Backbone):
             ) from error
         if freeze_norm:
             body = timm.layers.freeze_batch_norm_2d(body)
+        self.name = name
         self.body = body
         # Swin and its like return (B, H, W, channels).
         self._channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
@@ -154,7 +149,13 @@ class TimmBackbone(Backbone):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps (B, channels, H / stride, W / stride) by name."""
-        maps = self.body(x)
+        try:
+            maps = self.body(x)
+        except AssertionError as error:  # of models made for one size, or for multiples of one
+            raise UserError(
+                f"MODEL.TIMM.NAME {self.name!r} does not take a batch of {x.shape[3]}x{x.shape[2]} "
+                f"pixels ({error}): choose a model without a fixed size, as convolutional ones are."
+            ) from error
         if self._channels_last:
             maps = [m.permute(0, 3, 1, 2) for m in maps]
         return dict(zip(self._out_features, maps, strict=True))

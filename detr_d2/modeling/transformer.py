@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..structures import LayerOutput, Memory, Predictions, Queries, QueryPosition, Target
 from .deformable import token_centres
 from .dropout import Dropout
@@ -203,6 +204,8 @@ class Decoder(nn.Module):
                 its reference (DAB-DETR's code; DINO, section 3.5).
         """
         super().__init__()
+        if not layers:
+            raise UserError("MODEL.DETR.DEC_LAYERS must be 1 or more: a layer's output is read.")
         if len(heads) not in (1, len(layers)):
             raise ValueError(f"{len(layers)} decoder layers need 1 or {len(layers)} heads.")
         self.layers = nn.ModuleList(layers)
