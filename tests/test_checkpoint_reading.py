@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from detr_d2.checkpoint import read_checkpoint
@@ -171,6 +172,33 @@ def test_index_may_not_lead_out_of_its_directory(tmp_path):
         read_checkpoint(str(tmp_path / "hf"))
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {"weight": 3}}'])
+def test_index_without_weight_map_is_named(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="index.json' has no weight_map"):
+        read_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.safetensors", "m.pkl"])
+def test_pointers_of_git_lfs_are_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(UserError, match=f"{name}' is a Git LFS pointer .*git lfs pull"):
+        read_checkpoint(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("names", ["cat, dog", '"cat"', "[1, 2]"])
+def test_class_names_of_other_kinds_are_not_used(tmp_path, names):
+    path = tmp_path / "m.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(1)}, path, {"class_names": names})
+    assert "class_names" not in read_checkpoint(str(path))
+
+
+def test_labels_that_are_a_list_are_not_used(tmp_path):
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "m.pth")
+    (tmp_path / "config.json").write_text('{"d_model": 8, "id2label": ["cat", "dog"]}')
+    assert "class_names" not in read_checkpoint(str(tmp_path / "m.pth"))
+
+
 def test_caffe2_files_are_refused_with_the_reason(tmp_path):
     (tmp_path / "m.pkl").write_bytes(pickle.dumps({"blobs": {"conv1_w": np.zeros(1)}}))
     with pytest.raises(UserError, match="m.pkl.*Caffe2"):
@@ -195,7 +223,11 @@ def test_conversion_tool(tmp_path):
     torch.save({"model": state}, tmp_path / "in.pth")
     good = convert(tmp_path / "in.pth", tmp_path / "out.safetensors", "--to", "own")
     bad = convert(tmp_path / "missing.pth", tmp_path / "out.pth", "--to", "own")
+    lost = convert(tmp_path / "in.pth", tmp_path / "no" / "out.pth", "--to", "own")
     message, complaint = good.communicate()[1], bad.communicate()[1]
+    unwritten = lost.communicate()[1]
+    assert lost.returncode == 1
+    assert "no/out.pth' cannot be written" in unwritten and "Traceback" not in unwritten
 
     assert good.returncode == 0, message
     own = read_checkpoint(str(tmp_path / "out.safetensors"))["model"]

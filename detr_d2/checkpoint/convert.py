@@ -68,12 +68,11 @@ def convert_checkpoint(source: str, target: str, to: str, half: bool = False) ->
         )
     if half:
         converted = {n: t.half() if t.ndim >= 2 else t for n, t in converted.items()}
-    write_checkpoint(
-        target,
-        converted,
-        class_names=checkpoint.get("class_names"),
-        config=checkpoint.get("config"),
-    )
+    about = {key: checkpoint.get(key) for key in ("class_names", "config")}
+    try:
+        write_checkpoint(target, converted, **about)
+    except OSError as error:
+        raise UserError(f"'{target}' cannot be written: {error}.") from error
     logger.info(
         "Wrote %d tensors of '%s' (%s) to '%s' (%s).",
         len(converted),

@@ -11,10 +11,12 @@ import _codecs
 import argparse
 import io
 import json
+import logging
 import os
 import pickle
 import re
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ from detectron2.utils.file_io import PathManager
 from ..errors import UserError
 from . import package_files  # noqa: F401  (teaches PathManager package://)
 
+logger = logging.getLogger(__name__)
+
 # Single files and indices of several files that make up a Hugging Face directory, best first.
 _DIRECTORY_FILES = (
     "model.safetensors",
@@ -34,6 +38,8 @@ _DIRECTORY_FILES = (
 )
 # Where training scripts keep the state dict; a file with none of these is the state dict itself.
 _STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict")
+# How the text begins that a clone without Git LFS has in place of a file.
+_LFS_POINTER = b"version https://git-lfs."
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
@@ -58,8 +64,16 @@ def read_checkpoint(path: str) -> dict[str, Any]:
         checkpoint = _read_file(local)
         if "class_names" not in checkpoint:
             checkpoint.update(_huggingface_metadata(os.path.dirname(local)))
+    if "class_names" in checkpoint and not _are_names(checkpoint["class_names"]):
+        logger.warning("The class names in '%s' are no list of names, and not used.", path)
+        del checkpoint["class_names"]
     checkpoint["model"] = _tensors_of(checkpoint["model"], path)
     return checkpoint
+
+
+def _are_names(value: Any) -> bool:
+    is_list = isinstance(value, (list, tuple))
+    return is_list and all(name is None or isinstance(name, str) for name in value)
 
 
 def _fetch(path: str) -> str:
@@ -77,6 +91,7 @@ def _fetch(path: str) -> str:
 
 
 def _read_file(path: str) -> dict[str, Any]:
+    _refuse_pointer(path)
     reader = {".safetensors": _read_safetensors, ".pkl": _read_pickle}.get(
         os.path.splitext(path)[1], _read_torch
     )
@@ -88,6 +103,19 @@ def _read_file(path: str) -> dict[str, Any]:
             rest = {name: value for name, value in data.items() if name != key}
             return {**rest, "model": data[key]}
     return {"model": data}
+
+
+def _refuse_pointer(path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error}.") from error
+    if is_pointer:
+        raise UserError(
+            f"'{path}' is a Git LFS pointer in place of the file: run git lfs pull in its "
+            "repository."
+        )
 
 
 def _read_torch(path: str) -> Any:
@@ -127,7 +155,8 @@ def _read_safetensors(path: str) -> dict[str, Any]:
     except (safetensors.SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
     if "class_names" in metadata:
-        metadata["class_names"] = json.loads(metadata["class_names"])
+        with suppress(ValueError):  # not written by this package
+            metadata["class_names"] = json.loads(metadata["class_names"])
     return {**metadata, "model": state}
 
 
@@ -188,7 +217,11 @@ def _read_directory(path: str) -> dict[str, Any]:
 
 def _read_shards(index: str) -> dict[str, Any]:
     directory, state = os.path.dirname(index), {}
-    for name in sorted(set(_read_json(index)["weight_map"].values())):
+    content = _read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(n, str) for n in places.values()):
+        raise UserError(f"'{index}' has no weight_map that names weight files: download it again.")
+    for name in sorted(set(places.values())):
         # An index names its neighbours; a path that leads elsewhere is no index of a checkpoint.
         if os.path.basename(name) != name:
             raise UserError(f"'{index}' names '{name}', which is outside its directory.")
@@ -208,12 +241,12 @@ def _huggingface_metadata(directory: str) -> dict[str, Any]:
     # Classifiers have labels, too, but no decoder.
     is_detector = isinstance(config, dict) and ("d_model" in config or "decoder_layers" in config)
     labels = config.get("id2label") if is_detector else None
-    if not labels:
+    if not isinstance(labels, dict) or not labels:
         return {}
     return {"class_names": [labels.get(str(index), "N/A") for index in range(len(labels))]}
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def _read_json(path: str) -> Any:
     with open(path, encoding="utf-8") as file:
         try:
             return json.load(file)
