@@ -19,6 +19,7 @@ from .data.annotations import usable_segmentation
 from .data.image import read_image
 from .data.segments import read_annotations, read_segment_ids
 from .engine.compare import Result
+from .errors import UserError
 
 # Height of one drawn image, in pixels, so that small images stay legible.
 HEIGHT = 360
@@ -111,9 +112,17 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> None:
 
     Args:
         metrics_file: the `metrics.json` that training leaves in `OUTPUT_DIR`.
+
+    Raises:
+        UserError: it is no such file.
     """
-    with PathManager.open(str(metrics_file)) as lines:
-        metrics = [json.loads(line) for line in lines]
+    try:
+        with PathManager.open(str(metrics_file)) as lines:
+            metrics = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"'{metrics_file}' cannot be read as the metrics.json of a training: {error}."
+        ) from error
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     curves = {"loss": ["total_loss"], "AP on the validation set": ["bbox/AP", "bbox/AP50"]}
     for axis, (title, names) in zip(axes, curves.items(), strict=True):

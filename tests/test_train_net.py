@@ -373,6 +373,12 @@ def test_several_processes_have_a_group_to_end(gpus, machines, ends, monkeypatch
     assert seen == [arguments] and len(ended) == ends
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "--num-gpus is 3, but this machine shows 1 GPU(s)" in fail("--num-gpus", 3)
+
+
 def test_process_that_is_killed(monkeypatch):
     """By the kernel for lack of memory, say."""
 

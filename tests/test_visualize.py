@@ -150,3 +150,12 @@ def test_curves_are_drawn_from_metrics(tmp_path, monkeypatch):
     draw_curves(tmp_path / "metrics.json", tmp_path / "curve.png")
     assert drawn == [((19, 39), (9.0, 7.0)), ((39,), (12.0,)), ((39,), (30.0,))]
     assert np.asarray(Image.open(tmp_path / "curve.png")).std() > 0
+
+
+@pytest.mark.parametrize("content", [None, "no json"])
+def test_what_is_no_metrics_file_is_named(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    if content:
+        path.write_text(content)
+    with pytest.raises(UserError, match="metrics.json' cannot be read as the metrics.json of"):
+        draw_curves(path, tmp_path / "curve.png")

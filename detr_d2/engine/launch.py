@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from detectron2.engine import default_argument_parser, launch
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -36,6 +37,7 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
     """
     alone = args.num_gpus * args.num_machines <= 1  # and without a group
     try:
+        check_num_gpus(args.num_gpus)
         launch(
             main if alone else run_in_group,
             args.num_gpus,
@@ -64,6 +66,19 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         sys.exit(f"error: {message or text.splitlines()[-1]}")
     except ProcessExitedException as error:
         sys.exit(f"error: {error} (SIGKILL: most often for lack of memory).")
+
+
+def check_num_gpus(num_gpus: int) -> None:
+    """
+    Raises:
+        UserError: there are GPUs, but not so many; detectron2 would end in a bare assertion.
+    """
+    present = torch.cuda.device_count()
+    if 0 < present < num_gpus and torch.cuda.is_available():
+        raise UserError(
+            f"--num-gpus is {num_gpus}, but this machine shows {present} GPU(s): lower it, or make "
+            "more of them visible (CUDA_VISIBLE_DEVICES)."
+        )
 
 
 def run_in_group(main: Callable[..., Any], *args: Any) -> None:
