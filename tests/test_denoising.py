@@ -293,3 +293,21 @@ def test_batches_without_objects_train(variant):
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("conditional_tiny", ("MODEL.DETR.DEC_LAYERS", 1)),
+        ("dab_tiny", ("MODEL.DETR.DEC_LAYERS", 1)),
+        ("dn_tiny", ("MODEL.DETR.DENOISING.NUM_GROUPS", 0)),
+        ("dino_tiny", ("MODEL.DETR.DENOISING.NUM_QUERIES", 0)),
+    ],
+)
+def test_what_is_not_used_is_frozen(variant, options):
+    """Several processes wait for the gradient of everything else. The names stay."""
+    whole, model = make_model(variant), make_model(variant, *options).train()
+    sum(model(random_inputs([(64, 96)], [2])).values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    assert set(model.state_dict()) <= set(whole.state_dict())
+    assert any("query_position.scale" in n or "label_embedding" in n for n in model.state_dict())

@@ -93,6 +93,8 @@ class ContrastiveDenoising(nn.Module):
         self.box_noise = box_noise
         # The last row is never used; published models have it.
         self.label_embedding = nn.Embedding(num_classes + 1, hidden_dim)
+        if num_queries == 0:  # several processes would wait for gradients that never come
+            self.label_embedding.requires_grad_(False)
 
     def forward(self, queries: Queries, targets: Sequence[Target] | None) -> Queries:
         """See the head of this file."""

@@ -213,6 +213,10 @@ class Decoder(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.query_position = query_position
         self.refinement = refinement
+        scale = getattr(query_position, "scale", None)
+        if scale is not None and len(layers) == 1:
+            # It is for layers after the first, and processes would wait for its gradient.
+            scale.requires_grad_(False)
 
     def forward(
         self, queries: Queries, memory: Memory, last_only: bool = False
