@@ -152,3 +152,17 @@ def test_an_evaluation_needs_no_training_data(few_digits, tmp_path):
     with logging_as_before():
         assert "bbox" in lazy.train_or_evaluate(argument_parser().parse_args(arguments))
     assert not (tmp_path / "log.txt").exists()
+
+
+@pytest.mark.parametrize("seed", ["null", "-1"])
+def test_a_seed_can_be_drawn(few_digits, tmp_path, seed):
+    config = CONFIGS / "DigitScenes/detr_tiny.py"
+    arguments = f"""
+        --config-file {config} train.output_dir={tmp_path} train.seed={seed} train.max_iter=1
+        train.eval_period=9 train.log_period=9 train.checkpointer.period=9
+        dataloader.train.total_batch_size=1 dataloader.train.num_workers=0
+        lr_multiplier.scheduler.milestones=[1,2]
+    """.split()
+    with logging_as_before():
+        lazy.train_or_evaluate(argument_parser().parse_args(arguments))
+    assert torch.load(tmp_path / "model_final.pth")["trainer"]["seed"] >= 0

@@ -65,6 +65,8 @@ def setup(args: argparse.Namespace) -> Any:
     except (AssertionError, OverrideParseException, OmegaConfBaseException) as error:
         raise UserError(f"{args.config_file} with {' '.join(args.opts)}: {error}") from error
     cfg.train.device = usable_device(cfg.train.device)
+    if cfg.train.seed is None:
+        cfg.train.seed = -1  # how detectron2 writes that one is to be drawn
     saved = copy.deepcopy(cfg)
     if args.eval_only:  # beside its results, not in place of a training's
         saved.train.output_dir = os.path.join(cfg.train.output_dir, "inference")

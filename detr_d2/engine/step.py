@@ -54,7 +54,7 @@ class StepTrainer(TrainerBase):
             precision: autocast and gradient scaling.
             accumulation_steps: batches per optimizer step.
             max_gradient_norm: of all gradients taken as one vector; None does not clip.
-            seed: None draws one, the same on all processes.
+            seed: None or negative draws one, the same on all processes.
         """
         TrainerBase.__init__(self)  # not super(): in DetrTrainer that is DefaultTrainer's
         self.model = distribute(model)
@@ -63,7 +63,8 @@ class StepTrainer(TrainerBase):
         self.precision = precision
         self.accumulation_steps = accumulation_steps
         self.max_gradient_norm = max_gradient_norm
-        self.seed = comm.shared_random_seed() if seed is None else seed
+        is_given = seed is not None and seed >= 0
+        self.seed = seed if is_given else comm.shared_random_seed()
         self.build_loader = build_loader
         self.data_loader = build_loader(self.seed)
         self._batches: Iterator[Batch] | None = None

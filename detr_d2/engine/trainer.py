@@ -59,7 +59,7 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
             precision=Precision.from_config(cfg),
             accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
             max_gradient_norm=full_model_clip_norm(cfg),
-            seed=cfg.SEED if cfg.SEED >= 0 else None,
+            seed=cfg.SEED,
         )
         cfg = resolve_epochs(cfg, num_images=len(self.data_loader.dataset))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
