@@ -142,6 +142,19 @@ def test_failed_write_leaves_the_previous_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_writers_in_one_folder_do_not_meet(tmp_path):
+    def write(stream):
+        stream.write(b"first ")
+        write_atomically(str(tmp_path / "b"), lambda other: other.write(b"other"))
+        stream.write(b"half")
+
+    write_atomically(str(tmp_path / "a"), write)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "a": "first half",
+        "b": "other",
+    }
+
+
 def test_kill_in_the_middle_of_a_write(tmp_path):
     """The writer has written half of a new file of the same name when it is killed."""
     DetrCheckpointer(Model(value=1.0), str(tmp_path), trainer=Counter(1)).save("model_final")
@@ -202,7 +215,7 @@ def test_kills_at_random_moments(tmp_path):
             time.sleep(random.uniform(0.02, 0.15))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            interrupted += os.path.exists(os.path.join(sys.argv[1], ".unfinished_checkpoint"))
+            interrupted += any(name.endswith(".unfinished") for name in os.listdir(sys.argv[1]))
             checkpoint = read_checkpoint(checkpointer.get_checkpoint_file())
             (weight,) = checkpoint["model"].values()
             assert bool((weight == checkpoint["iteration"]).all())

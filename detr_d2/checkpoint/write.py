@@ -16,11 +16,11 @@ FORMAT_VERSION = 1
 def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     """Calls ``write`` on a temporary file in the same folder, then moves it to ``path``.
 
-    The temporary name is the same for all files of a folder: what a killed process leaves behind is
-    overwritten by the next one instead of filling the disk.
+    The temporary name belongs to ``path``: two writers of different files do not meet, and what a
+    killed process leaves behind is overwritten when it writes the file again.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = os.path.join(folder, ".unfinished_checkpoint")
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{name}.unfinished")
     try:
         with open(temporary, "wb") as file:
             write(file)
