@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from detr_d2.engine.compare import Result, compare, table, train
+from detr_d2.engine.compare import Result, compare, read_metrics, table, train
 from detr_d2.errors import UserError
 from detr_d2.visualize import draw_designs
 
@@ -34,7 +34,8 @@ for i in range(period, iterations + 1, period) if period else ():
     share = i / iterations
     lines.append({"iteration": i - 1, "bbox/AP": 40.0 * share, "bbox/AP50": 60.0 * share})
 lines.append({"iteration": iterations - 1})
-(folder / "metrics.json").write_text("".join(json.dumps(line) + chr(10) for line in lines))
+with open(folder / "metrics.json", "a") as metrics:
+    metrics.writelines(json.dumps(line) + chr(10) for line in lines)
 (folder / "arguments.json").write_text(json.dumps(arguments))
 """
 
@@ -70,6 +71,13 @@ def test_known_results_are_not_made_again(train_net, tmp_path):
     assert [r["name"] for r in json.loads((tmp_path / "out" / "results.json").read_text())] == [
         "s1"
     ]
+
+
+def test_an_interrupted_training_leaves_no_trace(train_net, tmp_path):
+    """Nor does it count what it had reached."""
+    for _ in range(2):
+        train(train_net, "x/s1.yaml", tmp_path, 100, 50)
+    assert [m.get("bbox/AP") for m in read_metrics(tmp_path)] == [20.0, 40.0, None]
 
 
 def test_a_failure_is_told_with_its_last_line(train_net, tmp_path):

@@ -88,6 +88,8 @@ def train(train_net: str, config: str, folder: Path, iterations: int, period: in
     for key, value in schedule.items():
         command += [key, str(value)]
     folder.mkdir(parents=True, exist_ok=True)
+    # A training adds to this file; after an interruption there are another training's lines in it.
+    (folder / "metrics.json").unlink(missing_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     before = os.times()
     with open(folder / "console.txt", "w") as console:
