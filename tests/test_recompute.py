@@ -73,6 +73,7 @@ def test_inference_and_copies_are_as_before():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("MODEL.RESNETS.NORM", "SyncBN"), "batch norms that learn would count every batch twice"),
         (("MODEL.RESNETS.NORM", "BN"), "batch norms that learn would count every batch twice"),
         (("MODEL.ACTIVATION_CHECKPOINTING", ["decoder"]), "names 'decoder'; it may have backbone"),
     ],

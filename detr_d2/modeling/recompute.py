@@ -21,7 +21,7 @@ def recompute_backbone(backbone: nn.Module) -> None:
     Raises:
         UserError: a backbone that has another way, or batch norms that would see a batch twice.
     """
-    if any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules()):
+    if any(isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm)) for m in backbone.modules()):
         raise UserError(
             "MODEL.ACTIVATION_CHECKPOINTING backbone computes the backbone twice, and batch norms "
             'that learn would count every batch twice: set MODEL.RESNETS.NORM "FrozenBN" or '
