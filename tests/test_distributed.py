@@ -131,7 +131,7 @@ def run_with_poison(*arguments: str) -> None:
 def test_one_process_that_stops_ends_all(arguments, tmp_path):
     start = time.monotonic()
     done = call("run_with_poison", *arguments, "SOLVER.CHECKPOINT_PERIOD", 2)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 110  # gloo would wait for half an hour
     assert done.returncode == 1
     [error] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "Training stopped at iteration 2" in error
