@@ -17,7 +17,11 @@ from detr_d2.errors import UserError
 from .training import logging_as_before
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PAIRS = ["DigitScenes/detr_tiny", "COCO-Detection/detr_R_50_500ep"]
+PAIRS = [
+    "DigitScenes/detr_tiny",
+    "COCO-Detection/detr_R_50_500ep",
+    "COCO-PanopticSegmentation/detr_R_50",
+]
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -40,7 +44,8 @@ def test_same_model_and_recipe(name):
     if yaml.SOLVER.EPOCHS:
         iterations = round(yaml.SOLVER.EPOCHS * 118287 / 64)
         assert python.train.max_iter == pytest.approx(iterations, abs=2)
-        assert python.lr_multiplier.scheduler.milestones[0] == round(400 * 118287 / 64)
+        drop = round(yaml.SOLVER.STEP_EPOCHS[0] * 118287 / 64)
+        assert python.lr_multiplier.scheduler.milestones[0] == drop
     else:
         assert python.train.max_iter == yaml.SOLVER.MAX_ITER
         assert list(python.lr_multiplier.scheduler.milestones)[:-1] == list(yaml.SOLVER.STEPS)
@@ -48,17 +53,25 @@ def test_same_model_and_recipe(name):
 
 @pytest.fixture
 def few_digits(tmp_path, monkeypatch):
-    """The embedded data set, small and in a folder of the test's own."""
+    """The embedded data sets, small and in a folder of the test's own."""
     from detectron2.data import DatasetCatalog
 
-    from detr_d2.data import digit_scenes, register_digit_scenes
+    from detr_d2.data import (
+        digit_panoptic,
+        digit_scenes,
+        register_digit_panoptic,
+        register_digit_scenes,
+    )
 
-    monkeypatch.setattr(digit_scenes, "NUM_TRAIN", 12)
-    monkeypatch.setattr(digit_scenes, "NUM_VAL", 4)
+    for module in (digit_scenes, digit_panoptic):
+        monkeypatch.setattr(module, "NUM_TRAIN", 12)
+        monkeypatch.setattr(module, "NUM_VAL", 4)
     register_digit_scenes(str(tmp_path))
+    register_digit_panoptic(str(tmp_path))
     assert len(DatasetCatalog.get("digit_scenes_train")) == 12
     yield
     register_digit_scenes()
+    register_digit_panoptic()
 
 
 def last_metrics(folder: Path) -> dict:
@@ -114,6 +127,28 @@ def test_same_training_and_evaluation(few_digits, tmp_path):
     results = lazy.train_or_evaluate(evaluated)
     assert results["bbox"]["AP50"] == pytest.approx(last_metrics(tmp_path / "python")["bbox/AP50"])
     assert (tmp_path / "python" / "config.yaml").read_text() == before
+
+
+def test_masks_and_panoptic_quality(few_digits, tmp_path):
+    pytest.importorskip("hotcoco")
+    arguments = f"""
+        --config-file {CONFIGS / "COCO-PanopticSegmentation/detr_R_50.py"}
+        train.output_dir={tmp_path} train.device=cpu train.init_checkpoint="" train.max_iter=2
+        lr_multiplier.scheduler.milestones=[1,2] train.eval_period=0
+        model.transformer.num_logits=13 model.criterion.num_classes=12
+        dataloader.train.dataset.names=["digit_scenes_train_panoptic"]
+        dataloader.train.mapper.augmentations.min_size=64
+        dataloader.train.total_batch_size=2 dataloader.train.num_workers=0
+        dataloader.test.dataset.names=["digit_scenes_val_panoptic"]
+        dataloader.test.mapper.augmentations.min_size=64 dataloader.test.num_workers=0
+        dataloader.evaluator.dataset_name=digit_scenes_val_panoptic
+    """.split()
+    results = lazy.train_or_evaluate(argument_parser().parse_args(arguments))
+    assert set(results) == {"bbox", "segm", "panoptic_seg"}
+    metrics = last_metrics(tmp_path)
+    assert metrics["loss_mask"] > 0 and metrics["loss_dice"] > 0
+    saved = torch.load(tmp_path / "model_final.pth")["model"]
+    assert any(name.startswith("mask_head.") for name in saved)
 
 
 def test_misspelt_keys_are_refused():

@@ -16,17 +16,23 @@ from .pascal_voc_evaluation import PerClassPascalVOCEvaluator
 
 
 def build_evaluator(
-    cfg: CfgNode | None, dataset_name: str, output_folder: str | None = None
+    cfg: CfgNode | None,
+    dataset_name: str,
+    output_folder: str | None = None,
+    *,
+    masks: bool | None = None,
+    panoptic: bool | None = None,
 ) -> DatasetEvaluator:
     """Build the evaluator that the data set's metadata asks for.
 
     Args:
         cfg: gives the default of `output_folder`, ``OUTPUT_DIR/inference``, and COCO's limit on the
-            detections per image, ``TEST.DETECTIONS_PER_IMAGE`` (without a cfg: 100); masks and
-            panoptic quality are evaluated where it says so.
+            detections per image, ``TEST.DETECTIONS_PER_IMAGE`` (without a cfg: 100).
         dataset_name: registered data set whose metadata has ``evaluator_type`` "coco",
             "coco_panoptic_seg", "lvis" or "pascal_voc".
         output_folder: folder for results; None without a cfg writes no file.
+        masks, panoptic: whether to evaluate masks of instances, and panoptic quality where the data
+            set is panoptic; by default what the cfg's model gives, without one neither.
 
     Raises:
         UserError: no such ``evaluator_type``, or metadata or a package which that evaluator needs
@@ -34,14 +40,18 @@ def build_evaluator(
     """
     if output_folder is None and cfg is not None:
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    if masks is None:
+        masks = cfg is not None and cfg.MODEL.MASK_ON
+    if panoptic is None:
+        panoptic = cfg is not None and cfg.MODEL.DETR.PANOPTIC.ENABLED
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type in ("coco", "coco_panoptic_seg"):
         limit = 100 if cfg is None else cfg.TEST.DETECTIONS_PER_IMAGE
-        tasks = ("bbox", "segm") if cfg is not None and cfg.MODEL.MASK_ON else ("bbox",)
+        tasks = ("bbox", "segm") if masks else ("bbox",)
         instances = COCODetectionEvaluator(
             dataset_name, output_folder, tasks=tasks, max_detections_per_image=limit
         )
-        if evaluator_type == "coco" or cfg is None or not cfg.MODEL.DETR.PANOPTIC.ENABLED:
+        if evaluator_type == "coco" or not panoptic:
             return instances
         _require_metadata(dataset_name, "panoptic_json", "panoptic_root")
         return DatasetEvaluators([instances, PanopticEvaluator(dataset_name, output_folder)])

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_backbone
 from torch import nn
 
@@ -119,13 +118,23 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
             box_noise=detr.DENOISING.BOX_NOISE,
         ),
     )
+    mask_head = build_mask_head(cfg, backbone, neck) if cfg.MODEL.MASK_ON else None
+    panoptic = None
+    if detr.PANOPTIC.ENABLED:
+        if mask_head is None:
+            raise UserError("MODEL.DETR.PANOPTIC needs MODEL.MASK_ON True.")
+        panoptic = PanopticMerger.of_datasets(
+            (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN),
+            score_threshold=detr.PANOPTIC.SCORE_THRESHOLD,
+            min_area=detr.PANOPTIC.MIN_AREA,
+        )
     return {
         "backbone": backbone,
         "neck": neck,
         "transformer": transformer,
         "criterion": criterion,
-        "mask_head": build_mask_head(cfg, backbone, neck) if cfg.MODEL.MASK_ON else None,
-        "panoptic": build_panoptic(cfg) if detr.PANOPTIC.ENABLED else None,
+        "mask_head": mask_head,
+        "panoptic": panoptic,
         "frozen_detector": bool(detr.FROZEN_WEIGHTS),
     }
 
@@ -167,24 +176,6 @@ def build_mask_head(cfg: CfgNode, backbone: nn.Module, neck: nn.Module) -> MaskH
     around_boxes = detr.BOX_HEAD != "absolute"
     sizes = detr.HIDDEN_DIM, detr.NHEADS
     return MaskHead(*sizes, finer, channels, pixel_stride, around_boxes, detr.MASK_DIM)
-
-
-def build_panoptic(cfg: CfgNode) -> PanopticMerger:
-    """
-    Raises:
-        UserError: there are no masks, or the data sets do not say which classes are things.
-    """
-    panoptic = cfg.MODEL.DETR.PANOPTIC
-    if not cfg.MODEL.MASK_ON:
-        raise UserError("MODEL.DETR.PANOPTIC needs MODEL.MASK_ON True.")
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        things = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id")
-        if things and MetadataCatalog.get(name).get("stuff_classes"):
-            return PanopticMerger(things.values(), panoptic.SCORE_THRESHOLD, panoptic.MIN_AREA)
-    raise UserError(
-        "MODEL.DETR.PANOPTIC needs a panoptic data set in DATASETS, whose metadata say which "
-        "classes are things and which are stuff."
-    )
 
 
 def check_recomputed(parts: Sequence[str]) -> Sequence[str]:

@@ -5,12 +5,15 @@ Shapes: S segments, H and W of the image in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from detectron2.data import MetadataCatalog
 from torch import Tensor
+
+from ..errors import UserError
 
 
 class PanopticMerger:
@@ -20,7 +23,7 @@ class PanopticMerger:
 
     def __init__(
         self,
-        thing_classes: Sequence[int],
+        thing_classes: Collection[int],
         score_threshold: float = 0.85,
         min_area: int = 4,
     ):
@@ -34,6 +37,25 @@ class PanopticMerger:
         self.thing_classes = set(thing_classes)
         self.score_threshold = score_threshold
         self.min_area = min_area
+
+    @classmethod
+    def of_datasets(cls, names: Sequence[str], **arguments: Any) -> PanopticMerger:
+        """
+        Args:
+            names: of data sets; the first panoptic one says which classes are things.
+            arguments: see `PanopticMerger`.
+
+        Raises:
+            UserError: none of them is panoptic.
+        """
+        for name in names:
+            things = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id")
+            if things and MetadataCatalog.get(name).get("stuff_classes"):
+                return cls(things.values(), **arguments)
+        raise UserError(
+            "MODEL.DETR.PANOPTIC needs a panoptic data set in DATASETS, whose metadata say which "
+            "classes are things and which are stuff."
+        )
 
     def candidates(self, scores: Tensor) -> Tensor:
         """(Q,) -> (S,) int64, the queries whose masks are wanted."""

@@ -1,0 +1,30 @@
+# PQ 43.4, box AP 38.8, mask AP 31.1 on COCO val2017 (https://github.com/facebookresearch/detr#model-zoo)
+# The model and recipe of detr_R_50.yaml as a LazyConfig.
+from detectron2.config import LazyCall as L
+
+from detr_d2.modeling.mask_head import MaskHead
+from detr_d2.modeling.panoptic import PanopticMerger
+
+from ..common.detr import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
+
+model.backbone.out_features = ["res2", "res3", "res4", "res5"]
+model.transformer.num_logits = 134
+model.criterion.num_classes = 133
+model.mask_head = L(MaskHead)(
+    hidden_dim="${..transformer.hidden_dim}",
+    num_heads="${..transformer.num_heads}",
+    in_features=["res4", "res3", "res2"],
+    in_channels=[1024, 512, 256],
+)
+model.panoptic = L(PanopticMerger.of_datasets)(names=["${dataloader.evaluator.dataset_name}"])
+
+dataloader.train.dataset.names = ["coco_2017_train_panoptic"]
+dataloader.train.dataset.masks = True
+dataloader.train.mapper.use_instance_mask = True
+dataloader.test.dataset.names = ["coco_2017_val_panoptic"]
+dataloader.evaluator.update(dataset_name="coco_2017_val_panoptic", masks=True, panoptic=True)
+
+# 25 epochs of 118,287 images, 64 at a time; the learning rate drops after 15.
+lr_multiplier.scheduler.milestones = [27724, 46206]
+
+train.update(max_iter=46206, eval_period=9241)
