@@ -302,6 +302,7 @@ def test_batches_without_objects_train(variant):
         ("dab_tiny", ("MODEL.DETR.DEC_LAYERS", 1)),
         ("dn_tiny", ("MODEL.DETR.DENOISING.NUM_GROUPS", 0)),
         ("dino_tiny", ("MODEL.DETR.DENOISING.NUM_QUERIES", 0)),
+        ("dino_tiny", ("MODEL.DETR.ENC_LAYERS", 0)),
     ],
 )
 def test_what_is_not_used_is_frozen(variant, options):

@@ -65,6 +65,9 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
     if "backbone" in recomputed:
         recompute_backbone(backbone)
     neck = build_neck(cfg, backbone)
+    if neck.num_levels > 1 and detr.ENC_LAYERS == 0 and detr.CROSS_ATTENTION == "deformable":
+        # Positions of tokens are for the encoder; processes would wait for this one's gradient.
+        neck.level_embedding.requires_grad_(False)
     criterion = build_criterion(
         num_classes=resolve_num_classes(cfg),
         classification=detr.CLASSIFICATION,
