@@ -31,6 +31,7 @@ CHECKPOINTS = {
     "COCO-PanopticSegmentation/detr_R_101": _OFFICIAL + "detr-r101-panoptic-40021d53.pth",
     "DigitScenes/detr_tiny": "detr_d2://DigitScenes/detr_tiny.safetensors",
     "DigitScenes/fast_small": "detr_d2://DigitScenes/fast_small.safetensors",
+    "DigitScenes/fast_small_masks": "detr_d2://DigitScenes/fast_small_masks.safetensors",
 }
 
 

@@ -34,12 +34,13 @@ def test_unknown_names_are_refused():
         model_zoo.get_checkpoint_url("Base-DETR.yaml")
 
 
-@pytest.mark.parametrize("name", ["DigitScenes/detr_tiny.yaml", "DigitScenes/fast_small.yaml"])
+@pytest.mark.parametrize("name", ["detr_tiny", "fast_small", "fast_small_masks"])
 def test_get_loads_the_committed_weights(name):
-    trained = model_zoo.get(name, trained=True)
+    config = f"DigitScenes/{name}.yaml"
+    trained = model_zoo.get(config, trained=True)
     assert trained.training and trained.device.type == "cpu"
     torch.manual_seed(0)
-    fresh = model_zoo.get(name)
+    fresh = model_zoo.get(config)
     state, other = trained.state_dict(), fresh.state_dict()
     changed = [name for name in state if not torch.equal(state[name], other[name])]
     # Every weight was trained, so every one differs from a fresh model's.

@@ -14,11 +14,13 @@ from detr_d2.data import register_digit_scenes as register_scenes
 from detr_d2.data.dataset_mapper import build_augmentation
 from detr_d2.data.loader import build_train_loader, build_training_dicts, filter_empty_images
 from detr_d2.data.segments import id_to_rgb, read_segments, rgb_to_id
+from detr_d2.engine.launch import argument_parser
+from detr_d2.engine.main import train_or_evaluate
 from detr_d2.errors import UserError
 from detr_d2.evaluation import build_evaluator
 from detr_d2.evaluation.panoptic_evaluation import PanopticEvaluator
 
-from .helpers import tiny_cfg
+from .helpers import CONFIGS, tiny_cfg
 
 
 def write_panoptic(folder, ids):
@@ -246,3 +248,12 @@ def test_the_evaluators_of_a_panoptic_model(few):
     # Stuff is no detection.
     detections = [{"category_id": 3}, {"category_id": 11}]
     assert evaluators[0]._to_dataset_categories(detections) == [{"category_id": 4}]
+
+
+def test_the_committed_masks_are_as_good_as_the_boxes(few):
+    """`--eval-only` with nothing but the config's name, on images that training has not seen."""
+    config = CONFIGS / "DigitScenes" / "fast_small_masks.yaml"
+    command = f"--eval-only --config-file {config} OUTPUT_DIR {few / 'out'} MODEL.DEVICE cpu"
+    results = train_or_evaluate(argument_parser().parse_args(command.split()))
+    assert results["bbox"]["AP"] > 80
+    assert results["segm"]["AP"] > results["bbox"]["AP"] - 10
