@@ -42,8 +42,6 @@ def build_evaluator(
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
     if masks is None:
         masks = cfg is not None and cfg.MODEL.MASK_ON
-    if panoptic is None:
-        panoptic = cfg is not None and cfg.MODEL.DETR.PANOPTIC.ENABLED
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type in ("coco", "coco_panoptic_seg"):
         limit = 100 if cfg is None else cfg.TEST.DETECTIONS_PER_IMAGE
@@ -51,7 +49,11 @@ def build_evaluator(
         instances = COCODetectionEvaluator(
             dataset_name, output_folder, tasks=tasks, max_detections_per_image=limit
         )
-        if evaluator_type == "coco" or not panoptic:
+        if evaluator_type == "coco":
+            return instances
+        if panoptic is None:
+            panoptic = cfg is not None and cfg.MODEL.DETR.PANOPTIC.ENABLED
+        if not panoptic:
             return instances
         _require_metadata(dataset_name, "panoptic_json", "panoptic_root")
         return DatasetEvaluators([instances, PanopticEvaluator(dataset_name, output_folder)])
