@@ -8,6 +8,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 RUN = "$(VENV)/bin/python"
+# A process for each core, each with one thread: what is tested is too small for more.
+TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=4 --dist=worksteal
 # A Python named by the user must be the one that runs; the default one need not be.
 MATCH = $(if $(filter file,$(origin PYTHON)),,--match-python)
 
@@ -16,7 +18,7 @@ MATCH = $(if $(filter file,$(origin PYTHON)),,--match-python)
 
 help:
 	@echo 'make demo      set up .venv if it is missing; evaluate a trained DETR, train one from nothing, draw pictures'
-	@echo 'make test      the same set-up, then the tests (about 5 minutes on 2 cores)'
+	@echo 'make test      the same set-up, then the tests (about 10 minutes on 2 cores)'
 	@echo 'make test-all  the slow tests too'
 	@echo 'make setup     the set-up alone'
 	@echo 'make lint      check style; make format puts it right'
@@ -37,10 +39,10 @@ demo: setup
 	@$(RUN) tools/demo.py $(DEMO_ARGS)
 
 test: setup
-	$(RUN) -m pytest -m "not slow" --durations=10 $(PYTEST_ARGS)
+	$(TESTS) -m "not slow" --durations=10 $(PYTEST_ARGS)
 
 test-all: setup
-	$(RUN) -m pytest --durations=20 $(PYTEST_ARGS)
+	$(TESTS) --durations=20 $(PYTEST_ARGS)
 
 lint: setup
 	$(RUN) -m ruff check .

