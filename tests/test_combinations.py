@@ -7,8 +7,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from detr_d2 import get_detr_cfg
 from detr_d2.errors import UserError
-from detr_d2.modeling.combinations import CHOICES, check_combination
+from detr_d2.modeling.combinations import CHOICES, check_combination, uses_positions
 
 from .helpers import random_inputs, tiny_cfg
 
@@ -163,3 +164,18 @@ def test_reasons(choice, reason):
 def test_unknown_parts_are_named():
     with pytest.raises(UserError, match="QUERIES is 'anchors'; it must be one of learned, point"):
         build_model(config({"QUERIES": "anchors"}))
+
+
+@pytest.mark.parametrize(
+    ("layers", "attention", "queries", "used"),
+    [
+        (0, "deformable", "top_k", False),
+        (1, "deformable", "top_k", True),
+        (0, "conditional", "top_k", True),
+        (0, "deformable", "of one's own", True),
+    ],
+)
+def test_who_looks_at_positions(layers, attention, queries, used):
+    detr = get_detr_cfg().MODEL.DETR
+    detr.ENC_LAYERS, detr.CROSS_ATTENTION, detr.QUERIES = layers, attention, queries
+    assert uses_positions(detr) == used

@@ -15,7 +15,7 @@ from ..data.classes import resolve_num_classes
 from ..errors import UserError
 from ..matcher import HungarianMatcher
 from .attention import ConditionalAttention, PlainAttention, SelfAttention, SeparateSelfAttention
-from .combinations import check_combination
+from .combinations import check_combination, uses_positions
 from .deformable import DeformableAttention
 from .denoising import ContrastiveDenoising, Denoising
 from .heads import (
@@ -65,9 +65,10 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
     if "backbone" in recomputed:
         recompute_backbone(backbone)
     neck = build_neck(cfg, backbone)
-    if neck.num_levels > 1 and detr.ENC_LAYERS == 0 and detr.CROSS_ATTENTION == "deformable":
-        # Positions of tokens are for the encoder; processes would wait for this one's gradient.
-        neck.level_embedding.requires_grad_(False)
+    if not uses_positions(detr):  # processes would wait for their gradient
+        for name, parameter in neck.named_parameters():
+            if name.startswith(("position.", "level_embedding")):
+                parameter.requires_grad_(False)
     criterion = build_criterion(
         num_classes=resolve_num_classes(cfg),
         classification=detr.CLASSIFICATION,
@@ -126,7 +127,7 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
     if detr.PANOPTIC.ENABLED:
         if mask_head is None:
             raise UserError("MODEL.DETR.PANOPTIC needs MODEL.MASK_ON True.")
-        panoptic = PanopticMerger.of_datasets(
+        panoptic = PanopticMerger.from_datasets(
             (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN),
             score_threshold=detr.PANOPTIC.SCORE_THRESHOLD,
             min_area=detr.PANOPTIC.MIN_AREA,

@@ -30,6 +30,16 @@ CHOICES = {
 }
 
 
+def uses_positions(detr: CfgNode) -> bool:
+    """Whether anything may look at the positions of the encoder's tokens. Registered queries and
+    attentions may."""
+    return (
+        detr.ENC_LAYERS > 0
+        or detr.CROSS_ATTENTION != "deformable"
+        or detr.QUERIES not in CHOICES["QUERIES"]
+    )
+
+
 def check_combination(detr: CfgNode) -> None:
     """
     Args:
