@@ -14,8 +14,6 @@ from detr_d2.engine import lazy, main
 from detr_d2.engine.launch import argument_parser
 from detr_d2.errors import UserError
 
-from .training import logging_as_before
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIRS = [
     "DigitScenes/detr_tiny",
@@ -139,9 +137,8 @@ def test_masks_and_panoptic_quality(few_digits, tmp_path):
         dataloader.train.dataset.names=["digit_scenes_train_panoptic"]
         dataloader.train.mapper.augmentations.min_size=64
         dataloader.train.total_batch_size=2 dataloader.train.num_workers=0
-        dataloader.test.dataset.names=["digit_scenes_val_panoptic"]
+        model.panoptic.names=["digit_scenes_val_panoptic"]
         dataloader.test.mapper.augmentations.min_size=64 dataloader.test.num_workers=0
-        dataloader.evaluator.dataset_name=digit_scenes_val_panoptic
     """.split()
     results = lazy.train_or_evaluate(argument_parser().parse_args(arguments))
     assert set(results) == {"bbox", "segm", "panoptic_seg"}
@@ -149,6 +146,27 @@ def test_masks_and_panoptic_quality(few_digits, tmp_path):
     assert metrics["loss_mask"] > 0 and metrics["loss_dice"] > 0
     saved = torch.load(tmp_path / "model_final.pth")["model"]
     assert any(name.startswith("mask_head.") for name in saved)
+
+
+def test_panoptic_parts_must_be_there():
+    config = LazyConfig.load(str(CONFIGS / "COCO-PanopticSegmentation/detr_R_50.py"))
+    assert config.dataloader.evaluator.dataset_name == "coco_2017_val_panoptic"
+    config.model.mask_head = None
+    with torch.device("meta"), pytest.raises(UserError, match="merger, but no mask_head"):
+        instantiate(config.model)
+    config.model.panoptic.names = ["coco_2017_val"]
+    with pytest.raises(UserError, match=r"None of the data sets \(coco_2017_val\) is panoptic"):
+        instantiate(config.model.panoptic)
+
+
+def test_what_cannot_be_evaluated_is_said_before_the_training(few_digits, tmp_path):
+    arguments = f"""
+        --config-file {CONFIGS / "DigitScenes/detr_tiny.py"} train.output_dir={tmp_path}
+        dataloader.test.dataset.names=["nowhere"]
+    """.split()
+    with pytest.raises(KeyError, match="nowhere"):
+        lazy.train_or_evaluate(argument_parser().parse_args(arguments))
+    assert not list(tmp_path.glob("metrics.json"))
 
 
 def test_misspelt_keys_are_refused():
@@ -184,8 +202,7 @@ def test_an_evaluation_needs_no_training_data(few_digits, tmp_path):
         train.init_checkpoint={tmp_path / "model.pth"} dataloader.test.num_workers=0
         dataloader.train.dataset.names=["nowhere"]
     """.split()
-    with logging_as_before():
-        assert "bbox" in lazy.train_or_evaluate(argument_parser().parse_args(arguments))
+    assert "bbox" in lazy.train_or_evaluate(argument_parser().parse_args(arguments))
     assert not (tmp_path / "log.txt").exists()
 
 
@@ -198,6 +215,5 @@ def test_a_seed_can_be_drawn(few_digits, tmp_path, seed):
         dataloader.train.total_batch_size=1 dataloader.train.num_workers=0
         lr_multiplier.scheduler.milestones=[1,2]
     """.split()
-    with logging_as_before():
-        lazy.train_or_evaluate(argument_parser().parse_args(arguments))
+    lazy.train_or_evaluate(argument_parser().parse_args(arguments))
     assert torch.load(tmp_path / "model_final.pth")["trainer"]["seed"] >= 0

@@ -437,7 +437,7 @@ def test_two_images_masks_are_learnt_by_heart():
     [
         ((), "deformable_tiny", "MASK_ON needs MODEL.DETR.NECK single_scale"),
         (("MODEL.DETR.MASK_STRIDE", 8), "detr_tiny", "MASK_STRIDE is 8; it must be 1 to 4"),
-        (("MODEL.DETR.PANOPTIC.ENABLED", True), "detr_tiny", "needs a panoptic data set"),
+        (("MODEL.DETR.PANOPTIC.ENABLED", True), "detr_tiny", "is panoptic, with metadata"),
         (
             ("MODEL.MASK_ON", False, "MODEL.DETR.FROZEN_WEIGHTS", "x.pth"),
             "detr_tiny",

@@ -235,6 +235,14 @@ def test_quality_by_hand(few):
     assert numbers["PQ_th"] == 0
 
 
+def test_a_model_without_segments_is_told_so(few):
+    pytest.importorskip("hotcoco")
+    dicts = DatasetCatalog.get("digit_scenes_val_panoptic")
+    evaluator = PanopticEvaluator("digit_scenes_val_panoptic")
+    with pytest.raises(UserError, match="merges no masks.*PANOPTIC.ENABLED"):
+        evaluator.process(dicts[:1], [{"instances": None}])
+
+
 def test_the_evaluators_of_a_panoptic_model(few):
     pytest.importorskip("hotcoco")
     names = ("digit_scenes_val_panoptic",)
@@ -250,7 +258,7 @@ def test_the_evaluators_of_a_panoptic_model(few):
     assert evaluators[0]._to_dataset_categories(detections) == [{"category_id": 4}]
 
 
-def test_the_committed_masks_are_as_good_as_the_boxes(few):
+def test_the_committed_masks_find_the_digits(few):
     """`--eval-only` with nothing but the config's name, on images that training has not seen."""
     config = CONFIGS / "DigitScenes" / "fast_small_masks.yaml"
     command = f"--eval-only --config-file {config} OUTPUT_DIR {few / 'out'} MODEL.DEVICE cpu"

@@ -16,13 +16,17 @@ model.mask_head = L(MaskHead)(
     in_features=["res4", "res3", "res2"],
     in_channels=[1024, 512, 256],
 )
-model.panoptic = L(PanopticMerger.of_datasets)(names=["${dataloader.evaluator.dataset_name}"])
+model.panoptic = L(PanopticMerger.from_datasets)(names=["coco_2017_val_panoptic"])
 
 dataloader.train.dataset.names = ["coco_2017_train_panoptic"]
 dataloader.train.dataset.masks = True
-dataloader.train.mapper.use_instance_mask = True
-dataloader.test.dataset.names = ["coco_2017_val_panoptic"]
-dataloader.evaluator.update(dataset_name="coco_2017_val_panoptic", masks=True, panoptic=True)
+dataloader.train.mapper.use_instance_mask = "${dataloader.train.dataset.masks}"
+dataloader.test.dataset.names = "${model.panoptic.names}"
+dataloader.evaluator.update(
+    dataset_name="${model.panoptic.names[0]}",
+    masks="${dataloader.train.dataset.masks}",
+    panoptic=True,
+)
 
 # 25 epochs of 118,287 images, 64 at a time; the learning rate drops after 15.
 lr_multiplier.scheduler.milestones = [27724, 46206]

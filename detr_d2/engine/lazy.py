@@ -112,6 +112,8 @@ def check_overrides(cfg: Any, overrides: Sequence[str]) -> None:
 
 def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
     """Trains `model`, from `train.init_checkpoint` or where the last training stopped."""
+    for part in (cfg.dataloader.test, cfg.dataloader.evaluator):
+        instantiate(part)  # what cannot be evaluated is said now, not hours later
     config = LazyConfig.to_py(cfg)  # before the model itself becomes a part of it
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)

@@ -31,8 +31,9 @@ def build_evaluator(
         dataset_name: registered data set whose metadata has ``evaluator_type`` "coco",
             "coco_panoptic_seg", "lvis" or "pascal_voc".
         output_folder: folder for results; None without a cfg writes no file.
-        masks, panoptic: whether to evaluate masks of instances, and panoptic quality where the data
-            set is panoptic; by default what the cfg's model gives, without one neither.
+        masks, panoptic: of data sets in COCO's format, whether to evaluate masks of instances, and
+            panoptic quality where there are such annotations; by default what the cfg's model
+            gives, without a cfg neither. (LVIS evaluates the masks it is given, VOC none.)
 
     Raises:
         UserError: no such ``evaluator_type``, or metadata or a package which that evaluator needs
@@ -66,7 +67,8 @@ def build_evaluator(
         return PerClassPascalVOCEvaluator(dataset_name, output_folder)
     raise UserError(
         f"Data set '{dataset_name}' has the evaluator_type {evaluator_type!r}; set "
-        f"MetadataCatalog.get('{dataset_name}').evaluator_type to 'coco', 'lvis' or 'pascal_voc'."
+        f"MetadataCatalog.get('{dataset_name}').evaluator_type to 'coco', 'coco_panoptic_seg', "
+        "'lvis' or 'pascal_voc'."
     )
 
 

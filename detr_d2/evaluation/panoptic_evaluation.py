@@ -56,8 +56,18 @@ class PanopticEvaluator(DatasetEvaluator):
         self._predictions: list[dict[str, Any]] = []
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """Keeps the segments of some images, as PNG in memory."""
+        """Keeps the segments of some images, as PNG in memory.
+
+        Raises:
+            UserError: the model gives none.
+        """
         for image, output in zip(inputs, outputs, strict=True):
+            if "panoptic_seg" not in output:
+                raise UserError(
+                    "The model merges no masks, so there is no panoptic quality: set "
+                    "MODEL.DETR.PANOPTIC.ENABLED True (give it a model.panoptic), or evaluate "
+                    "without (dataloader.evaluator.panoptic=False)."
+                )
             segmentation, segments = output["panoptic_seg"]
             name = os.path.splitext(os.path.basename(image["file_name"]))[0] + ".png"
             picture = io.BytesIO()

@@ -67,10 +67,13 @@ class Detr(nn.Module):
             frozen_detector: train the mask head alone.
 
         Raises:
-            UserError: the transformer predicts other classes than the criterion compares.
+            UserError: the transformer predicts other classes than the criterion compares, or there
+                are no masks to merge.
         """
         super().__init__()
         check_num_logits(transformer, criterion.classification)
+        if panoptic is not None and mask_head is None:
+            raise UserError("Detr has a panoptic merger, but no mask_head whose masks it merges.")
         fold_frozen_norms(backbone)
         self.backbone = backbone
         self.neck = neck

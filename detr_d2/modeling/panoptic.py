@@ -39,7 +39,7 @@ class PanopticMerger:
         self.min_area = min_area
 
     @classmethod
-    def of_datasets(cls, names: Sequence[str], **arguments: Any) -> PanopticMerger:
+    def from_datasets(cls, names: Sequence[str], **arguments: Any) -> PanopticMerger:
         """
         Args:
             names: of data sets; the first panoptic one says which classes are things.
@@ -53,8 +53,9 @@ class PanopticMerger:
             if things and MetadataCatalog.get(name).get("stuff_classes"):
                 return cls(things.values(), **arguments)
         raise UserError(
-            "MODEL.DETR.PANOPTIC needs a panoptic data set in DATASETS, whose metadata say which "
-            "classes are things and which are stuff."
+            f"None of the data sets ({', '.join(names)}) is panoptic, with metadata that say which "
+            "classes are things and which are stuff: name one that is, or set "
+            "MODEL.DETR.PANOPTIC.ENABLED False (model.panoptic=null)."
         )
 
     def candidates(self, scores: Tensor) -> Tensor:
