@@ -8,7 +8,8 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 RUN = "$(VENV)/bin/python"
-# A process for each core, each with one thread: what is tested is too small for more.
+# A process for each core, each with one thread: what is tested is too small for more. At most four,
+# for each holds a gigabyte or two.
 TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses=4 --dist=worksteal
 # A Python named by the user must be the one that runs; the default one need not be.
 MATCH = $(if $(filter file,$(origin PYTHON)),,--match-python)

@@ -1,5 +1,7 @@
 """What scenes of digits are drawn from: scikit-learn's handwritten digits and photographs.
 
+Whoever changes how a digit looks raises `VERSION` in digit_scenes.py.
+
 Shapes: N digits, h and w of a drawn one in pixels.
 """
 
