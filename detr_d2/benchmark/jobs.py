@@ -230,7 +230,7 @@ def data(rounds: int, quick: bool) -> list[Section]:
         torch.set_num_threads(1)
         try:
             runs = {"detectron2's mapper": run(plain), "detr_d2": run(ours)}
-            timings = take_turns(runs, rounds)
+            timings = take_turns(runs, 4 * rounds)
         finally:
             torch.set_num_threads(threads)
     options = {"per": "images/s per core", "amount": len(records)}

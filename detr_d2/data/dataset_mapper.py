@@ -204,7 +204,7 @@ class DetrDatasetMapper:
         output = {k: v for k, v in dataset_dict.items() if k not in ("annotations", "batch_seed")}
         size = dict(zip(("height", "width"), image.shape[:2], strict=True))
         output.update(size)
-        # Reversed channels and flips are views with negative strides, which torch does not take.
+        # Planes, as detectron2's mapper makes them; torch takes no views with negative strides.
         channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
         output["image"] = torch.from_numpy(channels_first)
         if self.is_train:
