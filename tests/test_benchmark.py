@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from detr_d2.benchmark import jobs, memory
 from detr_d2.benchmark.jobs import JOBS, Section
+from detr_d2.benchmark.models import contestants, random_inputs
 from detr_d2.benchmark.report import draw, machine, print_section, write_json
 from detr_d2.benchmark.timing import Timing, fitted_exponent, ratios, table, take_turns
 from detr_d2.errors import UserError
 
+from .helpers import tiny_cfg
 from .training import ROOT
 
 
@@ -114,6 +117,19 @@ def test_quick_jobs(job, monkeypatch):
         assert float(first) == pytest.approx(float(second), rel=1e-4)
     if job == "evaluation":
         assert section.remarks == ("All 12 numbers are equal.",)
+
+
+def test_exported_contestants_run():
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    model = build_model(tiny_cfg()).eval()
+    inputs = random_inputs(1, 96, 128)
+    runs, notes, missing = contestants(model, None, inputs, quick=False, compiled=False)
+    assert {"detr_d2 on ONNX Runtime", "detr_d2 on OpenVINO"} <= runs.keys() == notes.keys()
+    assert not set(missing) - {"bfloat16"}
+    scores = [runs[name]()[0]["instances"].scores for name in runs if notes[name] == "float32"]
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..box_ops import cxcywh_to_xyxy
 from ..checkpoint import load_weights
-from ..deploy import load_exported, optimize_for_inference
+from ..deploy import ExportedDetr, optimize_for_inference
 from ..deploy.export import write
 from ..deploy.exportable import ExportableDetr
+from ..deploy.runtime import open_model
 from ..errors import require_package
 from ..model_zoo import get_config
 from ..modeling.meta_arch import Detr
@@ -156,7 +157,7 @@ def contestants(
         notes["detr_d2, compiled"] = "float32"
     with exported(model, missing) as paths:
         for name, path, dtype in paths:
-            runs[name] = own_runner(load_exported(path, dtype), inputs)
+            runs[name] = own_runner(ExportedDetr(open_model(path, dtype)), inputs)
             notes[name] = str(dtype).removeprefix("torch.")
         if foreign is not None and any(path.suffix == ".xml" for _, path, _ in paths):
             for dtype in fast_types():
