@@ -7,7 +7,7 @@ import torch
 from detectron2.data import MetadataCatalog
 
 from detr_d2.checkpoint import fit_checkpoint
-from detr_d2.checkpoint.class_rows import coco_names
+from detr_d2.checkpoint.class_rows import coco_names, match_classes
 from detr_d2.errors import UserError
 
 HEAD = "transformer.decoder.heads.0.class_head.weight"
@@ -345,3 +345,11 @@ def test_panoptic_rows_map_to_contiguous_things_and_stuff():
     assert rows[:80] == [i for i in range(1, 91) if i not in HOLES]
     assert rows[80] == 92 and rows[132] == 200 and rows[133] == 250
     assert report.new_classes == 0
+
+
+def test_letters_are_told_apart_by_their_capitals():
+    names = ["A", "a", "b"]
+    assert match_classes(3, 3, names, names) == (None, "")
+    assert match_classes(2, 2, ["a", "a"], ["a", "a"]) == (None, "")
+    assert match_classes(3, 2, names, ["a", "A"])[0] == [1, 0]
+    assert match_classes(3, 2, names, ["B", "A"])[0] == [2, 0]

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import stat
 import subprocess
 import sys
 import textwrap
@@ -242,3 +243,27 @@ def test_only_public_methods_of_the_bases_are_overridden():
     for name in ("load", "save", "tag_last_checkpoint"):
         ours = inspect.signature(getattr(DetrCheckpointer, name)).parameters
         assert list(ours) == list(inspect.signature(getattr(Checkpointer, name)).parameters)
+
+
+def test_file_systems_whose_folders_are_not_synced(tmp_path, monkeypatch):
+    """Shared folders of virtual machines, some network mounts."""
+    fsync = os.fsync
+
+    def of_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    write_atomically(str(tmp_path / "file"), lambda file: file.write(b"x"))
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_another_optimizer_is_not_gone_on_with(tmp_path):
+    model = Model()
+    [parameter] = model.parameters()
+    DetrCheckpointer(model, str(tmp_path), optimizer=torch.optim.SGD([parameter])).save("a")
+    groups = [{"params": [parameter]}, {"params": [nn.Parameter(torch.ones(1))]}]
+    other = DetrCheckpointer(model, str(tmp_path), optimizer=torch.optim.SGD(groups))
+    with pytest.raises(UserError, match="a.pth': its optimizer does not fit .*Keep the config"):
+        other.resume_or_load("", resume=True)

@@ -105,7 +105,7 @@ class DetrCheckpointer(DetectionCheckpointer):
 
         Raises:
             UserError: see `read_checkpoint` and `fit_checkpoint`; also when training is to go on
-                from weights that do not fit exactly.
+                from weights that do not fit exactly, or with an optimizer of other groups.
         """
         if not path:
             logger.warning("MODEL.WEIGHTS is empty: the whole model is at its initial value.")
@@ -126,7 +126,14 @@ class DetrCheckpointer(DetectionCheckpointer):
                 f"MODEL.WEIGHTS {path} and without --resume."
             )
         for name in restored:
-            self.checkpointables[name].load_state_dict(checkpoint.pop(name))
+            try:
+                self.checkpointables[name].load_state_dict(checkpoint.pop(name))
+            except ValueError as error:
+                raise UserError(
+                    f"Training cannot go on from '{path}': its {name} does not fit ({error}). Keep "
+                    "the config as it was, SOLVER's factors and what is frozen included, or start "
+                    f"anew with MODEL.WEIGHTS {path} and without --resume."
+                ) from error
         return checkpoint
 
     def save(self, name: str, **kwargs: Any) -> None:

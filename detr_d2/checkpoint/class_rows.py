@@ -67,11 +67,14 @@ def match_classes(
     """
     ours = names_of_rows(target_names, target)
     theirs = names_of_rows(source_names, source)
-    found = {name.casefold(): row for row, name in enumerate(theirs or ()) if name is not None}
-    rows = [found.get(name.casefold()) if name else None for name in ours or ()]
+    # Names that differ in capitals are one class, unless both are there, as letters may be.
+    named = [(name, row) for row, name in enumerate(theirs or ()) if name is not None]
+    found = dict(named)
+    alike = {name.casefold(): row for name, row in named}
+    rows = [found.get(name, alike.get(name.casefold())) if name else None for name in ours or ()]
     matched, wanted = (sum(x is not None for x in side) for side in (rows, ours or ()))
 
-    if source == target and (ours is None or theirs is None):
+    if source == target and (ours is None or theirs is None or ours == theirs):
         return None, ""
     if source == target and not matched and wanted:
         return None, (

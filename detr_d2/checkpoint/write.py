@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import IO, Any
 
 import safetensors.torch
@@ -35,14 +36,13 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes the move itself survive a power failure, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Makes the move itself survive a power failure, where system and file system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def metadata_of(class_names: Sequence[str] | None, config: str | None) -> dict[str, Any]:
