@@ -314,3 +314,15 @@ def test_what_is_not_used_is_frozen(variant, options):
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     assert set(model.state_dict()) <= set(whole.state_dict())
     assert any("query_position.scale" in n or "label_embedding" in n for n in model.state_dict())
+
+
+@pytest.mark.parametrize("variant", ["dn_tiny", "dino_tiny"])
+def test_float16_has_room_for_queries_of_no_object(variant):
+    """Images of 3 objects and of 1: what is padded must not become NaN, which nothing hides."""
+    model = build_model(tiny_cfg(config=variant)).train()
+    inputs = random_inputs([(64, 96), (64, 96)], [3, 1])
+    targets = model.prepare_targets(inputs)
+    with torch.autocast("cpu", torch.float16):
+        predictions = model.predict_all(inputs, targets)
+    for output in predictions.layers + predictions.denoising:
+        assert output.logits.isfinite().all() and output.boxes.isfinite().all()
