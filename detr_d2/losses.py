@@ -1,4 +1,4 @@
-"""Loss terms of matched pairs. All are sums; the criterion normalises them.
+"""Loss terms. Those of matched pairs are sums; the criterion normalises them.
 
 Shapes: P matched pairs, H and W of a mask. Boxes are cxcywh, normalised.
 """
@@ -27,20 +27,29 @@ def paired_iou(predicted: Tensor, target: Tensor) -> Tensor:
     return box_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(target))
 
 
-def focal_mask_loss(
-    logits: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0
-) -> Tensor:
-    """Sum over P of the mean focal loss of a mask's pixels (DETR, section 4.4; Lin et al., 2017).
+def focal_loss(logits: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss of each logit (Lin et al., 2017, equation 5); no sum, of any shape.
 
     Args:
-        logits: (P, H, W).
-        target: (P, H, W) 0 or 1.
+        target: 0 or 1, of the logits' shape.
+        alpha: weight of ones; zeros have 1 - alpha.
+        gamma: the larger, the less easy examples count.
     """
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     probability = logits.sigmoid()
     wrong = probability + target - 2 * probability * target
     weight = (1 - alpha) + (2 * alpha - 1) * target
-    return (weight * wrong**gamma * cross_entropy).mean((1, 2)).sum()
+    return weight * wrong**gamma * cross_entropy
+
+
+def focal_mask_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Sum over P of the mean focal loss of a mask's pixels (DETR, section 4.4).
+
+    Args:
+        logits: (P, H, W).
+        target: (P, H, W) 0 or 1.
+    """
+    return focal_loss(logits, target).mean((1, 2)).sum()
 
 
 def dice_mask_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
+from torch import nn
 
 from detr_d2.modeling.frozen_norm import fold_frozen_norms, unfold_frozen_norms
 
@@ -102,3 +104,19 @@ def test_norms_that_learn_are_left_alone():
     torch.manual_seed(0)
     backbone = build_backbone(tiny_cfg())
     assert fold_frozen_norms(backbone) == 0
+
+
+def test_norms_that_others_hold_are_left_to_them():
+    """As modulated deformable convolutions do, which no CPU can run to show what follows what."""
+
+    class Deformable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = FrozenBatchNorm2d(4)
+
+        def forward(self, x):
+            raise NotImplementedError
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), Deformable())
+    assert fold_frozen_norms(module) == 0
+    assert type(module[1].norm) is FrozenBatchNorm2d

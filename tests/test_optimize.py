@@ -11,6 +11,7 @@ from detectron2.modeling.backbone.resnet import BasicStem
 from torch import nn
 
 from detr_d2.deploy import optimize, optimize_for_inference, prepare_for_inference
+from detr_d2.deploy.exportable import ExportableDetr
 from detr_d2.deploy.fold import fold_batch_norms
 from detr_d2.deploy.optimize import RememberedPositions
 from detr_d2.deploy.pack import (
@@ -19,6 +20,7 @@ from detr_d2.deploy.pack import (
     PackedSelfAttention,
     PackedStem,
     is_available,
+    pack,
 )
 from detr_d2.errors import UserError
 from detr_d2.modeling.attention import SelfAttention
@@ -88,10 +90,10 @@ def test_bfloat16_is_near(variant):
         assert (actual.boxes - expected.boxes).abs().mean() < 5e-3
 
 
-@pytest.mark.parametrize("variant", ["detr_tiny", "dino_tiny"])
+@pytest.mark.parametrize("variant", ["detr_tiny", "conditional_tiny", "dino_tiny"])
 @torch.no_grad()
 def test_prediction_heads_are_float32_where_nothing_is_packed(variant, monkeypatch):
-    """As on GPUs."""
+    """As on GPUs; reference points, too, are coordinates."""
     monkeypatch.setattr(optimize, "is_bfloat16_fast", lambda: True)
     monkeypatch.setattr(optimize.pack, "is_available", lambda: False)
     fast = optimize_for_inference(make_model(variant), "bfloat16")
@@ -100,7 +102,7 @@ def test_prediction_heads_are_float32_where_nothing_is_packed(variant, monkeypat
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda m, x, y, name=name: types.update({name: y.dtype}))
     fast(random_inputs([(64, 64)]))
-    is_head = re.compile("class_head|box_head").search
+    is_head = re.compile("class_head|box_head|reference_head").search
     found = {(bool(is_head(name)), dtype) for name, dtype in types.items()}
     assert found == {(True, torch.float32), (False, torch.bfloat16)}
 
@@ -289,3 +291,46 @@ def test_positions_are_remembered_for_unpadded_maps_only():
     for width in range(1, 100):
         remembered(torch.zeros(1, 2, width, dtype=torch.bool))
     assert len(remembered._known) == remembered.capacity
+
+
+@needs_onednn
+@torch.no_grad()
+def test_linear_layers_of_other_kinds_are_left_alone():
+    """Parts of one's own: a parent that reads the weights, a layer that does more."""
+
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.twice = Twice(8, 8)
+            self.same = nn.Conv2d(8, 8, 3, padding="same")
+            self.plain = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.plain(self.twice(self.attention(x, x, x)[0]))
+            return self.same(x.transpose(1, 2)[:, :, None])
+
+    torch.manual_seed(0)
+    part, x = Part().eval(), torch.randn(2, 5, 8)
+    expected = part(x)
+    pack(part, torch.float32)
+    assert isinstance(part.plain, PackedLinear)
+    torch.testing.assert_close(part(x), expected)
+
+
+@torch.no_grad()
+def test_grey_images():
+    """detectron2 builds backbones of as many channels as there are pixel means."""
+    options = ("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [127.0], "MODEL.PIXEL_STD", [58.0])
+    model = make_model("detr_tiny", *options, "MODEL.RESNETS.NORM", "FrozenBN")
+    inputs = [{"image": x["image"][:1]} for x in random_inputs([(64, 96)])]
+    expected = model.predict(inputs)[-1]
+    assert_same(optimize_for_inference(model).predict(inputs)[-1], expected, 1e-4, 1e-5)
+    image = inputs[0]["image"][None].float()
+    boxes, *_ = ExportableDetr(model)(image, torch.tensor([[64, 96]]))
+    [result] = model(inputs)
+    torch.testing.assert_close(boxes[0], result["instances"].pred_boxes.tensor, rtol=0, atol=0.1)

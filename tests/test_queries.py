@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from detr_d2.box_ops import inverse_sigmoid
+from detr_d2.modeling import build_transformer
 from detr_d2.modeling.heads import PredictionHead
 from detr_d2.modeling.position import sine_embedding
 from detr_d2.modeling.queries import AnchorQueries, PointQueries, TopKQueries
@@ -234,3 +235,23 @@ def test_initial_predictions_are_the_references_with_the_prior_probability():
     torch.testing.assert_close(output.logits.sigmoid(), torch.full((1, 2, K), 0.01))
     torch.testing.assert_close(output.boxes[0, 0, :2], torch.tensor([0.3, 0.6]))
     torch.testing.assert_close(output.boxes[0, 0, 2:].logit(), torch.full((2,), -2.0))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_only_the_first_of_refining_heads_starts_from_points(shared):
+    """A shared head would add its start again in every layer."""
+    transformer = build_transformer(
+        num_logits=3,
+        num_queries=5,
+        hidden_dim=32,
+        num_heads=4,
+        queries="point",
+        box_head="offset",
+        cross_attention="deformable",
+        refinement="detached",
+        shared_heads=shared,
+        num_decoder_layers=3,
+        num_encoder_layers=1,
+    )
+    sizes = [h.box_head.layers[-1].bias[2:].tolist() for h in transformer.decoder.heads]
+    assert sizes == ([[0, 0]] if shared else [[-2, -2], [0, 0], [0, 0]])

@@ -87,8 +87,8 @@ def describe(
 ) -> dict[str, Any]:
     """What a program must know that runs the file."""
     description = {
-        "inputs": "images (B, 3, H, W) float32 in [0, 255], padded below and right; "
-        "sizes (B, 2) int64 height and width without padding",
+        "inputs": f"images (B, {len(model.pixel_mean)}, H, W) float32 in [0, 255], padded below "
+        "and right; sizes (B, 2) int64 height and width without padding",
         "outputs": "boxes (B, D, 4) x1, y1, x2, y2 in pixels; scores (B, D); classes (B, D)",
         "input_format": model.input_format,
         "class_names": list(class_names) if class_names else None,
@@ -112,7 +112,8 @@ def describe(
 
 def write(exportable: ExportableDetr, path: Path) -> None:
     """Traces the model and writes it in the format that `path` ends in."""
-    images, sizes = torch.zeros(2, 3, 320, 352), torch.tensor([[320, 352], [256, 300]])
+    images = torch.zeros(2, len(exportable.pixel_mean), 320, 352)
+    sizes = torch.tensor([[320, 352], [256, 300]])
     free = torch.export.Dim.DYNAMIC
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -159,7 +160,8 @@ def largest_differences(
     generator = torch.Generator().manual_seed(0)
     worst = torch.zeros(3)
     for batch, height, width in trials:
-        images = 255 * torch.rand(batch, 3, height, width, generator=generator)
+        size = (batch, len(exportable.pixel_mean), height, width)
+        images = 255 * torch.rand(size, generator=generator)
         sizes = torch.tensor([[height - 20 * i, width - 33 * i] for i in range(batch)])
         actual = run(images, sizes)
         count = actual[1].shape[1]

@@ -47,7 +47,7 @@ class ExportableDetr(nn.Module):
         divisor = constraints.get("size_divisibility", model.backbone.size_divisibility)
         self.size_divisibility = max(divisor, 1)
         model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.backbone = folded(model.backbone, model.device)
+        self.backbone = folded(model.backbone, model.device, len(model.pixel_mean))
         self.neck = model.neck
         self.transformer = model.transformer
         if isinstance(self.transformer.queries, TopKQueries):
@@ -66,8 +66,8 @@ class ExportableDetr(nn.Module):
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """
         Args:
-            images: (B, 3, H, W) float32 in [0, 255], in the model's channel order; padded at the
-                bottom and at the right with anything.
+            images: (B, 3, H, W) float32 in [0, 255], in the model's channel order (or with as many
+                channels as it has); padded at the bottom and at the right with anything.
             sizes: (B, 2) int64 height and width of each image without padding.
 
         Returns:

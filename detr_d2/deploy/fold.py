@@ -16,10 +16,11 @@ logger = logging.getLogger(__name__)
 _BATCH_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d)
 
 
-def folded(backbone: nn.Module, device: torch.device) -> nn.Module:
+def folded(backbone: nn.Module, device: torch.device, image_channels: int) -> nn.Module:
     """The backbone with its batch norms folded; unfolded, with a warning, where that changes it:
     it then uses what a convolution says before the norm, too."""
-    example = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    example = torch.rand(1, image_channels, 64, 64, generator=generator).to(device)
     candidate = copy.deepcopy(backbone)
     fold_batch_norms(candidate, example)
     with torch.no_grad():

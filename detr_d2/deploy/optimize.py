@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..modeling.heads import PredictionHead
 from ..modeling.meta_arch import Detr
-from ..modeling.queries import TopKQueries
+from ..modeling.queries import PointQueries, TopKQueries
 from ..processor import is_bfloat16_fast
 from . import pack
 from .export import export_model
@@ -66,23 +66,24 @@ def optimize_for_inference(
         logger.warning("This CPU is slower in bfloat16 than in float32: the model runs in float32.")
         dtype = torch.float32
     fast = copy.deepcopy(model).eval().requires_grad_(False)
-    fast.backbone = folded(fast.backbone, fast.device)
+    fast.backbone = folded(fast.backbone, fast.device, len(fast.pixel_mean))
     queries = fast.transformer.queries
     if isinstance(queries, TopKQueries):
         queries.supervise_all = False
     # In float32 whatever the type: a box in bfloat16 is as coarse as 1/256 of the image.
     heads = [m for m in fast.modules() if isinstance(m, PredictionHead)]
+    points = [m.reference_head for m in fast.modules() if isinstance(m, PointQueries)]
     if compile:
         fast.backbone = torch.compile(fast.backbone)
         fast.transformer = torch.compile(fast.transformer)
     elif fast.device.type == "cpu" and pack.is_available():
         fast.neck.position = RememberedPositions(fast.neck.position)
-        for head in heads:
-            pack.pack(head, torch.float32)
+        for part in heads + points:
+            pack.pack(part, torch.float32)
         pack.pack(fast, dtype)
         return fast
     if dtype != torch.float32:
-        for part in [p for head in heads for p in (head.class_head, head.box_head)]:
+        for part in points + [p for head in heads for p in (head.class_head, head.box_head)]:
             part.forward = _in_float32(part.forward, fast.device.type)
         autocast = torch.autocast(fast.device.type, dtype)
         fast.forward, fast.predict = autocast(fast.forward), autocast(fast.predict)

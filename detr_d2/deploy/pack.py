@@ -217,7 +217,7 @@ def _packed(module: nn.Module, dtype: torch.dtype, may_overwrite: bool) -> nn.Mo
         if all(map(_is_free, convolutions)):
             return PackedBlock(module, dtype, may_overwrite)
         return None
-    if isinstance(module, nn.Linear):
+    if type(module) is nn.Linear:  # others may do more, or have their weights read by a parent
         return PackedLinear(module, dtype)
     if isinstance(module, nn.Conv2d) and _is_free(module):
         return PackedConv2d(module, dtype)
@@ -225,8 +225,10 @@ def _packed(module: nn.Module, dtype: torch.dtype, may_overwrite: bool) -> nn.Mo
 
 
 def _is_free(convolution: nn.Conv2d) -> bool:
-    """A plain convolution: detectron2's may hold a norm, timm's may pad according to the input."""
+    """A plain convolution: detectron2's may hold a norm, timm's may pad according to the input,
+    and PyTorch's by a word."""
     forward = type(convolution).forward
     plain = forward is nn.Conv2d.forward or hasattr(convolution, "norm")
     held = getattr(convolution, "norm", None), getattr(convolution, "activation", None)
-    return plain and held == (None, None) and convolution.padding_mode == "zeros"
+    padded = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+    return plain and held == (None, None) and padded

@@ -179,7 +179,15 @@ def build_mask_head(cfg: CfgNode, backbone: nn.Module, neck: nn.Module) -> MaskH
     pixel_stride = stride if stride < finest else 0
     around_boxes = detr.BOX_HEAD != "absolute"
     sizes = detr.HIDDEN_DIM, detr.NHEADS
-    return MaskHead(*sizes, finer, channels, pixel_stride, around_boxes, detr.MASK_DIM)
+    return MaskHead(
+        *sizes,
+        finer,
+        channels,
+        pixel_stride,
+        around_boxes,
+        detr.MASK_DIM,
+        image_channels=len(cfg.MODEL.PIXEL_MEAN),
+    )
 
 
 def check_recomputed(parts: Sequence[str]) -> Sequence[str]:
@@ -282,7 +290,8 @@ def build_transformer(
 
     def head(index: int = 0) -> PredictionHead:
         # Width and height have no start at a point, and later layers start from boxes.
-        from_points = queries == "point" and (refinement == "none" or index == 0)
+        is_first = index == 0 and not shared_heads
+        from_points = queries == "point" and (refinement == "none" or is_first)
         return PredictionHead(
             hidden_dim,
             num_logits,

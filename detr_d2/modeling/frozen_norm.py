@@ -56,11 +56,11 @@ class _Folded(_Mixed):
         return x if act is None else act(x)
 
 
-def fold_frozen_norms(module: nn.Module, example_side: int = 64) -> int:
+def fold_frozen_norms(module: nn.Module, image_channels: int = 3) -> int:
     """Lets convolutions do the work of the frozen batch norms after them, in place.
 
     Args:
-        example_side: of the image for the forward pass that shows which norm follows which
+        image_channels: of the image for the forward pass that shows which norm follows which
             convolution.
 
     Returns:
@@ -72,10 +72,11 @@ def fold_frozen_norms(module: nn.Module, example_side: int = 64) -> int:
         if isinstance(convolution, nn.Conv2d)
         and isinstance(getattr(convolution, "norm", None), FrozenBatchNorm2d)
     ]
-    held = {id(norm) for _, norm in pairs}
+    # Also of deformable convolutions, which apply it themselves, and cannot run on a CPU.
+    held = {id(getattr(m, "norm", None)) for m in module.modules()}
     if any(_is_frozen_norm(m) and id(m) not in held for m in module.modules()):
         parameter = next(module.parameters())
-        example = parameter.new_zeros(1, 3, example_side, example_side)
+        example = parameter.new_zeros(1, image_channels, 64, 64)
         pairs += [pair for pair in following_norms(module, example) if _is_frozen_norm(pair[1])]
     for convolution, norm in pairs:
         convolution.__dict__["_frozen_norm"] = norm

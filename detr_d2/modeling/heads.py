@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..box_ops import inverse_sigmoid
+from ..losses import focal_loss
 from ..structures import LayerOutput
 
 
@@ -158,11 +159,7 @@ class SigmoidClassification(nn.Module):
 
     def _losses(self, logits: Tensor, is_object: Tensor, iou: Tensor | None) -> Tensor:
         """(B, Q, K) logits and 0 or 1 for each of them -> (B, Q, K)."""
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, is_object, reduction="none")
-        probability = logits.sigmoid()
-        wrong = probability + is_object - 2 * probability * is_object
-        alpha = (1 - self.alpha) + (2 * self.alpha - 1) * is_object
-        return alpha * wrong**self.gamma * cross_entropy
+        return focal_loss(logits, is_object, self.alpha, self.gamma)
 
     def normalizer(self, num_queries: int, object_counts: list[int]) -> float:
         """Number of objects, at least 1 (the criterion sees to that)."""

@@ -68,6 +68,7 @@ class MaskHead(nn.Module):
         pixel_stride: int = 0,
         around_boxes: bool = False,
         width: int = 0,
+        image_channels: int = 3,
     ):
         """
         Args:
@@ -86,6 +87,7 @@ class MaskHead(nn.Module):
                 from references.
             width: channels that the coarsest map has beside the attention maps, halved at each
                 step; 0: C, as in the original. The time that masks take grows with its square.
+            image_channels: of the image itself.
         """
         super().__init__()
         self.num_heads = num_heads
@@ -106,7 +108,9 @@ class MaskHead(nn.Module):
             nn.Conv2d(channels, finer, kernel_size=1)
             for channels, finer in zip(in_channels, widths[1:-1], strict=True)
         )
-        self.pixels = PixelEmbedding(pixel_stride, in_channels[-1]) if pixel_stride else None
+        self.pixels = None
+        if pixel_stride:
+            self.pixels = PixelEmbedding(pixel_stride, in_channels[-1], image_channels)
         channels = 1 if self.pixels is None else 1 + self.pixels.dim
         self.out = nn.Conv2d(widths[-1], channels, kernel_size=3, padding=1)
         rates = torch.linspace(-2, 2, num_heads)  # softplus: 0.13 to 2.13
@@ -217,18 +221,26 @@ class PixelEmbedding(nn.Module):
     """What a pixel and its neighbours look like, beside the backbone's finest map. Outlines are
     found here once per image, not once per query."""
 
-    def __init__(self, stride: int, in_channels: int, width: int = 48, dim: int = 32):
+    def __init__(
+        self,
+        stride: int,
+        in_channels: int,
+        image_channels: int = 3,
+        width: int = 48,
+        dim: int = 32,
+    ):
         """
         Args:
             stride: of the result.
             in_channels: of the backbone's finest map.
+            image_channels: of the image.
             width: channels on the way.
             dim: E.
         """
         super().__init__()
         self.dim = dim
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, kernel_size=2 * stride + 1, stride=stride, padding=stride),
+            nn.Conv2d(image_channels, width, 2 * stride + 1, stride=stride, padding=stride),
             nn.GroupNorm(8, width),
             nn.ReLU(),
         )
@@ -241,7 +253,7 @@ class PixelEmbedding(nn.Module):
         )
 
     def forward(self, pixels: Tensor, features: Tensor) -> Tensor:
-        """(B, 3, H_image, W_image), (B, in_channels, ...) -> (B, E, H, W), H and W rounded up."""
+        """Images (B, 3, H_image, W_image), (B, in_channels, ...) -> (B, E, H, W), rounded up."""
         x = self.stem(pixels)
         features = self.adapter(features)
         return self.refine(x + F.interpolate(features, size=x.shape[-2:], mode="bilinear"))

@@ -74,7 +74,7 @@ class Detr(nn.Module):
         check_num_logits(transformer, criterion.classification)
         if panoptic is not None and mask_head is None:
             raise UserError("Detr has a panoptic merger, but no mask_head whose masks it merges.")
-        fold_frozen_norms(backbone)
+        fold_frozen_norms(backbone, len(pixel_mean))
         self.backbone = backbone
         self.neck = neck
         self.transformer = transformer

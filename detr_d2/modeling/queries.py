@@ -56,10 +56,11 @@ class PointQueries(nn.Module):
     def forward(self, memory: Memory) -> tuple[Queries, Proposals | None]:
         """See the head of this file; references are points (B, Q, 2)."""
         position = _for_each_image(self.position, memory)
+        reference = self.reference_head(self.position.weight).float().sigmoid()
         queries = Queries(
             content=_content(self.content, position),
             position=position,
-            reference=self.reference_head(position).float().sigmoid(),
+            reference=reference.expand(position.shape[0], -1, -1),
         )
         return queries, None
 
@@ -86,8 +87,8 @@ class TopKQueries(nn.Module):
     ("two-stage": Deformable DETR, section 4.2 and appendix A.4; DINO, section 3.3).
 
     A token proposes a box about its own cell, of 0.05 * 2^level of the image. Cells on padding and
-    those whose box would leave (0.01, 0.99) propose nothing: all of them have one and the same
-    score, which training makes low.
+    those whose centre or size is not within (0.01, 0.99) propose nothing: all of them have one and
+    the same score, which training makes low.
     """
 
     def __init__(

@@ -45,8 +45,7 @@ def add_masks(
     for index, (result, x) in enumerate(zip(results, batched_inputs, strict=True)):
         instances = result["instances"]
         queries = instances.pred_queries
-        masks = torch.zeros(len(queries), *instances.image_size, dtype=torch.bool)
-        masks = masks.to(queries.device)
+        masks = queries.new_zeros(len(queries), *instances.image_size, dtype=torch.bool)
         # A query may be there with several classes.
         distinct, place = queries.unique(return_inverse=True)
         for first in range(0, len(distinct), CHUNK):
@@ -81,7 +80,7 @@ def add_panoptic(
                     size=padded_size,
                     mode="bilinear",
                 )[:, 0, :height, :width]
-                for chunk in queries.split(CHUNK)
+                for chunk in (queries.split(CHUNK) if len(queries) else ())
             ]
             or [scores.new_zeros(0, height, width)]
         )
