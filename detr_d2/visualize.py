@@ -68,7 +68,7 @@ def draw_pair(
     scale = HEIGHT / image.shape[0]
     result = predictor(image[:, :, ::-1])
     predicted, truth = (Visualizer(image, metadata, scale) for _ in range(2))
-    if "panoptic_seg" in result:
+    if "panoptic_seg" in result and "pan_seg_file_name" in dataset_dict:
         segments, info = result["panoptic_seg"]
         predicted.draw_panoptic_seg(segments.cpu(), info)
         truth.draw_panoptic_seg(*_true_segments(dataset_dict, metadata))
@@ -127,7 +127,8 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> None:
     curves = {"loss": ["total_loss"], "AP on the validation set": ["bbox/AP", "bbox/AP50"]}
     for axis, (title, names) in zip(axes, curves.items(), strict=True):
         for name in names:
-            points = [(m["iteration"], m[name]) for m in metrics if name in m]
+            # Once each: a training that was resumed wrote some iterations twice.
+            points = sorted({m["iteration"]: m[name] for m in metrics if name in m}.items())
             if points:
                 axis.plot(*zip(*points, strict=True), ".-", markersize=4, label=name)
         axis.set(xlabel="iteration", title=title, ylim=(0, None))

@@ -30,9 +30,12 @@ if not period:
     while time.process_time() < end:
         pass
 lines = []
-for i in range(period, iterations + 1, period) if period else ():
-    share = i / iterations
-    lines.append({"iteration": i - 1, "bbox/AP": 40.0 * share, "bbox/AP50": 60.0 * share})
+evaluated = [i - 1 for i in range(period, iterations, period)] if period else []
+if period:
+    evaluated.append(iterations)  # after the training, when detectron2 counts one more
+for iteration in evaluated:
+    share = min(iteration + 1, iterations) / iterations
+    lines.append({"iteration": iteration, "bbox/AP": 40.0 * share, "bbox/AP50": 60.0 * share})
 lines.append({"iteration": iterations - 1})
 with open(folder / "metrics.json", "a") as metrics:
     metrics.writelines(json.dumps(line) + chr(10) for line in lines)
@@ -53,6 +56,8 @@ def test_every_design_has_the_same_time(train_net, tmp_path):
     assert [r.iterations for r in results] == pytest.approx([12000, 4000], rel=0.3)
     for result in results:
         assert result.minutes == pytest.approx([0.5, 1.0, 1.5, 2.0], rel=0.01)
+        per_iteration = result.minutes[0] / -(-result.iterations // 4)
+        assert result.minutes[-1] == pytest.approx(result.iterations * per_iteration, rel=1e-6)
         assert result.ap == pytest.approx([10, 20, 30, 40], rel=0.01) and result.ap50[
             -1
         ] == pytest.approx(60, rel=0.01)
@@ -94,3 +99,14 @@ def test_table_and_picture(tmp_path):
     assert "design" in rows[0] and "worse" in rows[2] and "better" in rows[3] and "41.2" in rows[3]
     draw_designs(results, tmp_path / "docs" / "plot.png")
     assert (tmp_path / "docs" / "plot.png").stat().st_size > 5000
+
+
+def test_another_budget_is_trained_anew(train_net, tmp_path):
+    first = compare(train_net, ["x/s1.yaml"], tmp_path / "out", minutes=2.0)
+    second = compare(train_net, ["x/s1.yaml"], tmp_path / "out", minutes=1.0)
+    assert second[0].iterations == pytest.approx(first[0].iterations / 2, rel=0.3)
+
+
+def test_configs_of_one_name_are_refused(train_net, tmp_path):
+    with pytest.raises(UserError, match="Two configs are called 's1'"):
+        compare(train_net, ["x/s1.yaml", "y/s1.yaml"], tmp_path / "out", minutes=2.0)

@@ -37,30 +37,32 @@ def average_precision(output: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, help="of the training; default: the config's")
+    parser.add_argument(
+        "--iterations", type=int, help="iterations of the training; default: the config's"
+    )
     parser.add_argument("--output", default="output/demo", help="folder for everything written")
     args = parser.parse_args()
     length = f"SOLVER.MAX_ITER {args.iterations}" if args.iterations else ""
     trained, new = f"{args.output}/trained", f"{args.output}/new"
+    to_trained, to_new = shlex.quote(trained), shlex.quote(new)
 
     seconds = step(
         "A DETR that works: evaluation of the weights in this repository",
-        f"python tools/train_net.py --config-file {TRAINED} --eval-only OUTPUT_DIR {trained}",
+        f"python tools/train_net.py --config-file {TRAINED} --eval-only OUTPUT_DIR {to_trained}",
     )
     step(
         "Its detections",
-        f"python tools/visualize.py --config-file {TRAINED} --output {trained}/predictions.png "
-        f"MODEL.WEIGHTS {TRAINED.replace('.yaml', '.safetensors')}",
+        f"python tools/visualize.py --config-file {TRAINED} --output {to_trained}/predictions.png",
     )
     training_seconds = step(
         "A DETR that learns, from nothing",
-        f"python tools/train_net.py --config-file {NEW} OUTPUT_DIR {new} "
+        f"python tools/train_net.py --config-file {NEW} OUTPUT_DIR {to_new} "
         f"SOLVER.CHECKPOINT_PERIOD 100000 {length}",
     )
     step(
         "What it finds now",
-        f"python tools/visualize.py --config-file {NEW} --output {new}/predictions.png "
-        f"--threshold 0.3 MODEL.WEIGHTS {new}/model_final.pth",
+        f"python tools/visualize.py --config-file {NEW} --output {to_new}/predictions.png "
+        f"--threshold 0.3 MODEL.WEIGHTS {to_new}/model_final.pth",
     )
     print(
         f"\nThe trained model reaches AP {average_precision(trained):.1f} on unseen images "

@@ -8,6 +8,7 @@ Minutes are those of one core at work (CPU time): what else runs on the machine 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -40,7 +41,7 @@ class Result(NamedTuple):
 def compare(
     train_net: str, configs: Sequence[str], output: Path, minutes: float, evaluations: int = 4
 ) -> list[Result]:
-    """Trains each config for as many minutes; results already in `output` are not made again.
+    """Trains each config for as many minutes; what `output` holds already is not made again.
 
     Args:
         train_net: path of the training script.
@@ -50,19 +51,25 @@ def compare(
         evaluations: at equal distances, the last one at the end.
 
     Raises:
-        UserError: a training failed.
+        UserError: a training failed, or configs have one name, and so one folder.
     """
+    names = [Path(config).stem for config in configs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"Two configs are called {twice[0]!r}: give them files of other names.")
     output.mkdir(parents=True, exist_ok=True)
     results = []
-    for config in configs:
-        folder = output / Path(config).stem
-        known = folder / "result.json"
-        if not known.is_file():
+    for config, name in zip(configs, names, strict=True):
+        folder = output / name
+        file = folder / "result.json"
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        if known.get("budget") != minutes:
             seconds = seconds_per_iteration(train_net, config, folder / "probe")
             iterations = round(60 * minutes / seconds)
-            train(train_net, config, folder, iterations, max(iterations // evaluations, 1))
-            known.write_text(json.dumps(summarise(folder, seconds)._asdict()))
-        results.append(Result(**json.loads(known.read_text())))
+            train(train_net, config, folder, iterations, math.ceil(iterations / evaluations))
+            known = {"budget": minutes, **summarise(folder, iterations, seconds)._asdict()}
+            file.write_text(json.dumps(known))
+        del known["budget"]
+        results.append(Result(**known))
     (output / "results.json").write_text(json.dumps([r._asdict() for r in results], indent=1))
     return results
 
@@ -120,8 +127,8 @@ def seconds_per_iteration(train_net: str, config: str, folder: Path) -> float:
     return (long - short) / (LONG_PROBE - SHORT_PROBE)
 
 
-def summarise(folder: Path, seconds: float) -> Result:
-    """`seconds`: of an iteration."""
+def summarise(folder: Path, iterations: int, seconds: float) -> Result:
+    """`seconds`: of an iteration. The evaluation after the last one counts as one later."""
     metrics = read_metrics(folder)
     evaluated = [m for m in metrics if "bbox/AP" in m]
     log = (folder / "console.txt").read_text()
@@ -129,8 +136,8 @@ def summarise(folder: Path, seconds: float) -> Result:
     return Result(
         name=folder.name,
         parameters=parameters,
-        iterations=metrics[-1]["iteration"] + 1,
-        minutes=[(m["iteration"] + 1) * seconds / 60 for m in evaluated],
+        iterations=iterations,
+        minutes=[min(m["iteration"] + 1, iterations) * seconds / 60 for m in evaluated],
         ap=[m["bbox/AP"] for m in evaluated],
         ap50=[m["bbox/AP50"] for m in evaluated],
     )
