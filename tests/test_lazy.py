@@ -162,12 +162,28 @@ def test_panoptic_parts_must_be_there():
 def test_what_cannot_be_evaluated_is_said_before_the_training(few_digits, tmp_path):
     arguments = f"""
         --config-file {CONFIGS / "DigitScenes/detr_tiny.py"} train.output_dir={tmp_path}
-        dataloader.test.dataset.names=["nowhere"] train.max_iter=1
-        lr_multiplier.scheduler.milestones=[1,2] dataloader.train.num_workers=0
+        train.max_iter=1 lr_multiplier.scheduler.milestones=[1,2] dataloader.train.num_workers=0
+        dataloader.test.dataset.names=["nowhere"]
     """.split()
-    with pytest.raises(KeyError, match="nowhere"):
+    with pytest.raises(UserError, match="names is .'nowhere'., and .* 'digit_scenes_val': name"):
+        lazy.train_or_evaluate(argument_parser().parse_args(arguments))
+    arguments.append("dataloader.evaluator.dataset_name=nowhere")
+    with pytest.raises(UserError, match="no data set named 'nowhere'"):
         lazy.train_or_evaluate(argument_parser().parse_args(arguments))
     assert not list(tmp_path.glob("*.pth"))
+
+
+def test_a_single_name_needs_no_list(few_digits, tmp_path):
+    """As in detectron2's own LazyConfigs. Evaluators of data without a COCO file need a folder."""
+    arguments = f"""
+        --config-file {CONFIGS / "DigitScenes/detr_tiny.py"} train.output_dir={tmp_path}
+        dataloader.train.dataset.names=digit_scenes_train
+        dataloader.test.dataset.names=digit_scenes_val
+    """.split()
+    cfg = lazy.setup(argument_parser().parse_args(arguments))
+    assert lazy.names_of(cfg.dataloader.train) == ["digit_scenes_train"]
+    assert len(instantiate(cfg.dataloader.train.dataset)) == 12
+    assert cfg.dataloader.evaluator.output_folder == str(tmp_path / "inference")
 
 
 def test_misspelt_keys_are_refused():

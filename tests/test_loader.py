@@ -224,18 +224,38 @@ def test_one_size_per_batch(make_loader):
     assert len(set(drawn)) > 3 and 24 <= min(drawn) <= max(drawn) <= 40
 
 
-def test_samplers(make_loader):
+def test_samplers(make_loader, monkeypatch):
     assert isinstance(make_loader(0).batch_sampler.indices, TrainingSampler)
     options = ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
-    loader = make_loader(0, *options, "DATALOADER.REPEAT_THRESHOLD", 1.0)
+    options += ("DATALOADER.REPEAT_THRESHOLD", 1.0)
+    loader = make_loader(0, *options)
     assert isinstance(loader.batch_sampler.indices, RepeatFactorTrainingSampler)
+    counted = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+    asked = []
+    monkeypatch.setattr(
+        RepeatFactorTrainingSampler,
+        "repeat_factors_from_category_frequency",
+        staticmethod(lambda d, t, sqrt: (asked.append((t, sqrt)), counted(d, t, sqrt))[1]),
+    )
+    make_loader(0, *options, "DATALOADER.REPEAT_SQRT", False)
+    assert asked == [(1.0, False)]
     with pytest.raises(UserError, match="SAMPLER_TRAIN is 'Nope'.*RepeatFactorTrainingSampler"):
         make_loader(0, "DATALOADER.SAMPLER_TRAIN", "Nope")
 
 
-def test_rare_classes_are_repeated():
+def test_images_of_unknown_shape_are_not_grouped():
+    """As of detectron2's panoptic and semantic data sets."""
+    images = [{"file_name": "a.jpg"}]
+    with pytest.raises(UserError, match="width and height .*ASPECT_RATIO_GROUPING False"):
+        build_train_loader(
+            images, mapper=dict, seed=0, total_batch_size=1, aspect_ratio_grouping=True
+        )
+
+
+@pytest.mark.parametrize("sqrt", [True, False])
+def test_rare_classes_are_repeated(sqrt):
     """Class 1 is on 1 of 4 images, so with the threshold 1 its factor is sqrt(1 / 0.25) = 2;
-    class 0 is on 3 of 4: sqrt(4 / 3). The expected shares follow."""
+    class 0 is on 3 of 4: sqrt(4 / 3). The expected shares follow. Without the root: 4 and 4 / 3."""
     dicts = [
         {"annotations": [{"category_id": int(i == 0)}], "width": 1, "height": 1} for i in range(4)
     ]
@@ -246,9 +266,11 @@ def test_rare_classes_are_repeated():
         total_batch_size=1,
         sampler="RepeatFactorTrainingSampler",
         repeat_threshold=1.0,
+        repeat_sqrt=sqrt,
     )
     drawn = [batch[0][0] for batch in islice(loader.batch_sampler, 4000)]
-    expected = 2 / (2 + 3 * (4 / 3) ** 0.5)
+    power = 0.5 if sqrt else 1.0
+    expected = 4**power / (4**power + 3 * (4 / 3) ** power)
     assert drawn.count(0) / len(drawn) == pytest.approx(expected, abs=0.02)
 
 

@@ -131,3 +131,11 @@ def test_unknown_clipping(cfg):
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "all"
     with pytest.raises(UserError, match="CLIP_TYPE is 'all'.*full_model, value or norm"):
         build_optimizer(cfg, Model())
+
+
+def test_other_norms_of_the_full_model_are_refused(cfg):
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.NORM_TYPE = float("inf")
+    with pytest.raises(UserError, match="NORM_TYPE is inf: full_model clips by the 2-norm"):
+        full_model_clip_norm(cfg)

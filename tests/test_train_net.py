@@ -17,10 +17,19 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from detr_d2 import model_zoo
 from detr_d2.checkpoint import DetrCheckpointer
+from detr_d2.checkpoint.write import write_checkpoint
 from detr_d2.engine.launch import argument_parser, message_for_users, run
-from detr_d2.engine.main import load_config, train_or_evaluate, warn_about_output
+from detr_d2.engine.main import (
+    load_config,
+    load_trained,
+    prefer_trained_weights,
+    register_datasets,
+    train_or_evaluate,
+    warn_about_output,
+)
 from detr_d2.errors import UserError
 
+from .helpers import tiny_cfg
 from .training import (
     CATEGORIES,
     TRAIN_NET,
@@ -305,9 +314,38 @@ def test_nothing_to_evaluate_on(config, register):
 # Weights
 
 
-@pytest.mark.parametrize("mode", [["--eval-only"], ["--eval-only", "--resume"]])
-def test_no_weights_to_evaluate(config, register, mode):
-    assert "MODEL.WEIGHTS is empty" in fail("--config-file", config, *register, *mode)
+def test_no_weights_to_evaluate(config, register):
+    message = fail("--config-file", config, *register, "--eval-only")
+    assert "MODEL.WEIGHTS is empty" in message
+    # Whatever else there is would be taken for the last checkpoint.
+    arguments = [
+        "--eval-only",
+        "--resume",
+        "MODEL.WEIGHTS",
+        ROOT / "configs/DigitScenes/detr_tiny.safetensors",
+    ]
+    message = fail("--config-file", config, *register, *arguments)
+    assert "--resume: there is no checkpoint in" in message and "out' to evaluate" in message
+
+
+def test_a_new_class_head_is_for_the_start_of_a_training(tmp_path):
+    model = build_model(tiny_cfg())
+    write_checkpoint(str(tmp_path / "model.pth"), model.state_dict())
+    options = ("MODEL.DETR.NEW_CLASS_HEAD", True, "MODEL.WEIGHTS", str(tmp_path / "model.pth"))
+    loaded = load_trained(tiny_cfg(*options))
+    weight = "transformer.decoder.heads.0.class_head.weight"
+    assert torch.equal(loaded.state_dict()[weight], model.state_dict()[weight])
+
+
+def test_images_may_be_missing_only_for_training(monkeypatch):
+    registered = {}
+    monkeypatch.setattr(
+        "detr_d2.engine.main.register_coco_dataset",
+        lambda name, *_, allow_missing_images: registered.update({name: allow_missing_images}),
+    )
+    cfg = tiny_cfg("INPUT.SKIP_UNREADABLE_IMAGES", True, "DATASETS.TEST", ("v",))
+    register_datasets(cfg, ["t=t.json:images", "v=v.json:images"])
+    assert registered == {"t": True, "v": False}
 
 
 @pytest.mark.parametrize("mode", [[], ["--eval-only"]])
@@ -430,6 +468,9 @@ def test_iterations_on_the_command_line_come_before_epochs_of_the_file():
     assert load_config(base, ["SOLVER.EPOCHS", "12"]).SOLVER.EPOCHS == 12
     cfg = load_config(base, ["SOLVER.MAX_ITER", "100", "TEST.EVAL_PERIOD", "10"])
     assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.TEST.EVAL_EPOCHS) == (None, [], None)
+    assert cfg.SOLVER.STEPS == ()  # and not detectron2's drop after 30,000
+    cfg = load_config(base, ["SOLVER.MAX_ITER", "100", "SOLVER.STEPS", "(60,)"])
+    assert cfg.SOLVER.STEPS == (60,)
     with pytest.raises(UserError, match="SOLVER.STEPS counts iterations, but SOLVER.EPOCHS is 500"):
         load_config(base, ["SOLVER.STEPS", "(10,)"])
 
@@ -442,6 +483,14 @@ def test_evaluation_takes_the_trained_weights_of_the_zoo():
     assert official.startswith("https://")
     assert model_zoo.trained_weights(str(ROOT / "configs" / "Base-DETR.yaml")) is None
     assert model_zoo.trained_weights("elsewhere/detr_tiny.yaml") is None
+
+
+def test_tools_that_do_not_train_take_the_trained_weights():
+    tiny = str(ROOT / "configs" / "DigitScenes" / "detr_tiny.yaml")
+    for overrides, expected in (([], "detr_tiny.safetensors"), (["MODEL.WEIGHTS", "a"], "a")):
+        cfg = load_config(tiny, overrides)
+        prefer_trained_weights(cfg, tiny, overrides[::2])
+        assert cfg.MODEL.WEIGHTS.endswith(expected)
 
 
 def test_a_backbone_is_not_evaluated(config, register, tmp_path):

@@ -124,6 +124,7 @@ def _train_loader_from_config(
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "sampler": cfg.DATALOADER.SAMPLER_TRAIN,
         "repeat_threshold": cfg.DATALOADER.REPEAT_THRESHOLD,
+        "repeat_sqrt": cfg.DATALOADER.get("REPEAT_SQRT", True),  # older detectron2s have no key
     }
 
 
@@ -139,6 +140,7 @@ def build_train_loader(
     aspect_ratio_grouping: bool = False,
     sampler: str = "TrainingSampler",
     repeat_threshold: float = 0.0,
+    repeat_sqrt: bool = True,
 ) -> DataLoader:
     """The training loader; one item is the batch of one forward pass of one process.
 
@@ -149,17 +151,20 @@ def build_train_loader(
         total_batch_size: images per optimizer step, on all processes together.
         accumulation_steps: forward passes per optimizer step.
         aspect_ratio_grouping: batches of images that are all upright or all wide.
-        sampler: "TrainingSampler", or "RepeatFactorTrainingSampler" with `repeat_threshold`, which
-            repeats images of rare classes (LVIS).
+        sampler: "TrainingSampler", or "RepeatFactorTrainingSampler" with `repeat_threshold` and
+            `repeat_sqrt`, which repeats images of rare classes (LVIS).
 
     Raises:
-        UserError: the batch cannot be divided as asked, or an unknown sampler.
+        UserError: the batch cannot be divided as asked, an unknown sampler, or images whose shape
+            nobody tells are to be grouped by it.
     """
     if sampler == "TrainingSampler":
         indices = TrainingSampler(len(dataset), seed=seed)
     elif sampler == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            [{"annotations": listed_objects(d) or []} for d in dataset], repeat_threshold
+            [{"annotations": listed_objects(d) or []} for d in dataset],
+            repeat_threshold,
+            repeat_sqrt,
         )
         indices = RepeatFactorTrainingSampler(factors, seed=seed)
     else:
@@ -168,6 +173,11 @@ def build_train_loader(
             "RepeatFactorTrainingSampler."
         )
     batch_size = images_per_forward(total_batch_size, accumulation_steps)
+    if aspect_ratio_grouping and any("width" not in d or "height" not in d for d in dataset):
+        raise UserError(
+            "The data set does not tell its images' width and height (detectron2's panoptic and "
+            "semantic ones do not): set DATALOADER.ASPECT_RATIO_GROUPING False."
+        )
     groups = [int(aspect_ratio_grouping and d["width"] > d["height"]) for d in dataset]
     return DataLoader(
         SeededDataset(DatasetFromList(dataset, copy=False), mapper, seed),
@@ -206,7 +216,7 @@ def _training_dicts_from_config(cfg: CfgNode) -> dict[str, Any]:
 
 @configurable(from_config=_training_dicts_from_config)
 def build_training_dicts(
-    names: Sequence[str],
+    names: str | Sequence[str],
     *,
     num_classes: int,
     num_queries: int,
@@ -217,7 +227,7 @@ def build_training_dicts(
     """Dictionaries of the training data sets, with their annotations checked.
 
     Args:
-        names: of registered data sets.
+        names: of registered data sets, or of one.
         num_classes, faulty_annotations, masks: see `check_annotations`.
         num_queries: of the model, for a warning about images with more objects.
         filter_empty: leave out images without objects.
@@ -227,6 +237,7 @@ def build_training_dicts(
     """
     if not names:
         raise UserError("DATASETS.TRAIN is empty: name at least one data set to train on.")
+    names = [names] if isinstance(names, str) else names
     dataset_dicts = []
     for name in names:
         dataset_dicts += check_annotations(

@@ -25,7 +25,7 @@ from ..checkpoint import DetrCheckpointer
 from ..data import classes_of, parse_register_argument, register_coco_dataset
 from ..errors import UserError
 from ..processor import usable_device
-from .main import blaming_output, shorten_user_error, warn_about_output
+from .main import blaming_output, last_checkpoint, shorten_user_error, warn_about_output
 from .precision import Precision
 from .step import StepTrainer
 
@@ -46,10 +46,11 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
     if args.eval_only:
         evaluated = cfg.dataloader.evaluator.dataset_name
         checkpointer = build_checkpointer(cfg, model, evaluated, LazyConfig.to_py(cfg))
-        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-        if checkpointer.report is None:
+        path = last_checkpoint(checkpointer) if args.resume else cfg.train.init_checkpoint
+        if not path:
             raise UserError("train.init_checkpoint is empty: name the checkpoint to evaluate.")
-        checkpointer.report.refuse_untrained(cfg.train.init_checkpoint, "train.init_checkpoint")
+        checkpointer.load(path, checkpointables=[])
+        checkpointer.report.refuse_untrained(path, "train.init_checkpoint")
         return evaluate(cfg, model)
     return train(cfg, model, args.resume)
 
@@ -74,12 +75,28 @@ def setup(args: argparse.Namespace) -> Any:
         default_setup(saved, args)
         setup_logger(saved.train.output_dir, distributed_rank=comm.get_rank(), name="detr_d2")
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
+    evaluator = cfg.dataloader.evaluator
+    evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
+    tested = names_of(cfg.dataloader.test)
+    if tested != [evaluator.dataset_name]:
+        raise UserError(
+            f"dataloader.test.dataset.names is {tested}, and dataloader.evaluator.dataset_name "
+            f"{evaluator.dataset_name!r}: name the same data set in both."
+        )
+    skips = OmegaConf.select(cfg, "dataloader.train.mapper.skip_unreadable_images", default=False)
     for argument in args.register:
-        register_coco_dataset(*parse_register_argument(argument))
-    names = [] if args.eval_only else list(cfg.dataloader.train.dataset.names)
-    names.append(cfg.dataloader.evaluator.dataset_name)
-    check_num_classes(cfg, names)
+        name, annotations, folder = parse_register_argument(argument)
+        may_miss = skips and name not in tested
+        register_coco_dataset(name, annotations, folder, allow_missing_images=may_miss)
+    trained = [] if args.eval_only else names_of(cfg.dataloader.train)
+    check_num_classes(cfg, [*trained, *tested])
     return cfg
+
+
+def names_of(loader: Any) -> list[str]:
+    """The data sets of a loader's config, which may name a single one without a list."""
+    names = loader.dataset.names
+    return [names] if isinstance(names, str) else list(names)
 
 
 def check_num_classes(cfg: Any, dataset_names: Sequence[str]) -> None:
@@ -129,7 +146,7 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
     checkpointer = build_checkpointer(
         cfg,
         model,
-        cfg.dataloader.train.dataset.names[0],
+        names_of(cfg.dataloader.train)[0],
         config,
         trainer=weakref.proxy(trainer),
         optimizer=optimizer,
@@ -162,7 +179,6 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
 
 def evaluate(cfg: Any, model: nn.Module) -> dict:
     """Metrics of `model` on `dataloader.test`."""
-    cfg.dataloader.evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
     loader = instantiate(cfg.dataloader.test)
     results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():

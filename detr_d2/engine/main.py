@@ -63,8 +63,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     if args.eval_only and not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name at least one data set to evaluate on.")
-    if args.eval_only and "MODEL.WEIGHTS" not in args.opts[::2]:
-        cfg.MODEL.WEIGHTS = trained_weights(args.config_file) or cfg.MODEL.WEIGHTS
+    if args.eval_only:
+        prefer_trained_weights(cfg, args.config_file, args.opts[::2])
     with blaming_output("OUTPUT_DIR", cfg.OUTPUT_DIR):
         folder = place_of_config(cfg, args.eval_only).OUTPUT_DIR
         setup_logger(folder, distributed_rank=comm.get_rank(), name="detr_d2")
@@ -113,12 +113,12 @@ def warn_about_output(checkpointer: DetrCheckpointer, resume: bool) -> None:
 
 
 def register_datasets(cfg: CfgNode, arguments: Sequence[str]) -> None:
-    """Registers every `--register NAME=annotations.json:image_dir`."""
+    """Registers every `--register NAME=annotations.json:image_dir`. Only for training may images be
+    missing."""
     for argument in arguments:
-        register_coco_dataset(
-            *parse_register_argument(argument),
-            allow_missing_images=cfg.INPUT.SKIP_UNREADABLE_IMAGES,
-        )
+        name, annotations, folder = parse_register_argument(argument)
+        may_miss = cfg.INPUT.SKIP_UNREADABLE_IMAGES and name not in cfg.DATASETS.TEST
+        register_coco_dataset(name, annotations, folder, allow_missing_images=may_miss)
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
@@ -153,6 +153,13 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     return cfg
 
 
+def prefer_trained_weights(cfg: CfgNode, config_file: str, overridden: Sequence[str]) -> None:
+    """For what does not train: the published weights of the config in place of those that a
+    training starts from, unless the command line names others."""
+    if "MODEL.WEIGHTS" not in overridden:
+        cfg.MODEL.WEIGHTS = trained_weights(config_file) or cfg.MODEL.WEIGHTS
+
+
 def check_keys(cfg: CfgNode, keys: Sequence[str]) -> None:
     """
     Raises:
@@ -178,8 +185,11 @@ def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:
     Raises:
         UserError: the length is in epochs, and the drops of the learning rate in iterations.
     """
-    if "SOLVER.MAX_ITER" in overridden and "SOLVER.EPOCHS" not in overridden:
+    in_iterations = "SOLVER.MAX_ITER" in overridden and "SOLVER.EPOCHS" not in overridden
+    if in_iterations and cfg.SOLVER.EPOCHS:
         cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS = None, []
+        if "SOLVER.STEPS" not in overridden:
+            cfg.SOLVER.STEPS = ()  # detectron2's default is of its own schedule
     if "TEST.EVAL_PERIOD" in overridden and "TEST.EVAL_EPOCHS" not in overridden:
         cfg.TEST.EVAL_EPOCHS = None
     if "SOLVER.STEPS" in overridden and cfg.SOLVER.EPOCHS:
@@ -229,7 +239,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
     Raises:
         UserError: weights that cannot be used.
     """
-    if is_exported(cfg.MODEL.WEIGHTS):
+    if is_exported(cfg.MODEL.WEIGHTS) and not resume:
         model: nn.Module = load_exported(cfg.MODEL.WEIGHTS, to_dtype(cfg.MODEL.INFERENCE.DTYPE))
         check_same(model, cfg.MODEL.WEIGHTS, cfg.INPUT.FORMAT, classes_of(cfg.DATASETS.TEST))
         if cfg.MODEL.MASK_ON and model.mask_threshold is None:
@@ -254,11 +264,26 @@ def load_trained(cfg: CfgNode, resume: bool = False) -> nn.Module:
     """
     model = DetrTrainer.build_model(cfg)
     checkpointer = build_checkpointer(cfg, model, cfg.DATASETS.TEST)
-    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
+    checkpointer.new_class_head = False  # that is how a training starts
+    path = last_checkpoint(checkpointer) if resume else cfg.MODEL.WEIGHTS
+    if not path:
         raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to evaluate.")
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    checkpointer.report.refuse_untrained(cfg.MODEL.WEIGHTS)
+    checkpointer.load(path, checkpointables=[])
+    checkpointer.report.refuse_untrained(path)
     return model
+
+
+def last_checkpoint(checkpointer: DetrCheckpointer) -> str:
+    """
+    Raises:
+        UserError: there is none, and whatever else was evaluated would be taken for it.
+    """
+    if not checkpointer.has_checkpoint():
+        raise UserError(
+            f"--resume: there is no checkpoint in {checkpointer.save_dir!r} to evaluate: correct "
+            "the folder, or leave --resume out and name weights."
+        )
+    return checkpointer.get_checkpoint_file()
 
 
 def export(config_file: str, path: str, overrides: list[str]) -> None:
@@ -268,8 +293,7 @@ def export(config_file: str, path: str, overrides: list[str]) -> None:
         UserError: a wrong file, key or number.
     """
     cfg = load_config(config_file, overrides)
-    if "MODEL.WEIGHTS" not in overrides[::2]:
-        cfg.MODEL.WEIGHTS = trained_weights(config_file) or cfg.MODEL.WEIGHTS
+    prefer_trained_weights(cfg, config_file, overrides[::2])
     if is_exported(cfg.MODEL.WEIGHTS):
         raise UserError(
             f"MODEL.WEIGHTS is '{cfg.MODEL.WEIGHTS}', which is exported already: name the "

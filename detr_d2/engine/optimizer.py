@@ -79,4 +79,11 @@ def full_model_clip_norm(cfg: CfgNode) -> float | None:
             f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clipping.CLIP_TYPE!r}; it must be full_model, "
             "value or norm."
         )
-    return clipping.CLIP_VALUE if clipping.CLIP_TYPE == "full_model" else None
+    if clipping.CLIP_TYPE != "full_model":
+        return None
+    if clipping.NORM_TYPE != 2:
+        raise UserError(
+            f"SOLVER.CLIP_GRADIENTS.NORM_TYPE is {clipping.NORM_TYPE}: full_model clips by the "
+            "2-norm, set it to 2.0, or CLIP_TYPE to norm, which clips each parameter by any."
+        )
+    return clipping.CLIP_VALUE
