@@ -135,8 +135,9 @@ def _add_part_keys(detr: CfgNode) -> None:
     detr.CLASS_AGNOSTIC_PROPOSALS = False
     # top_k: losses on the proposals of the "chosen" tokens, or of "all".
     detr.SUPERVISED_PROPOSALS = "chosen"
-    # "static": the queries' own; "conditional" on the content; "modulated" by the box; from the
-    # "box"; "padded_box": that box measured in the padded image, as the published DINO has it.
+    # Where a query's position embedding comes from. "static": the query brings it; "conditional":
+    # that, and its reference point's, scaled by its content; "modulated": its box, scaled by
+    # content and size; "box": its box; "padded_box": in the padded image, as DINO's code.
     detr.QUERY_POSITION = "static"
     # "plain", or "separate": projections of their own for content and position.
     detr.SELF_ATTENTION = "plain"
@@ -171,7 +172,7 @@ def _add_denoising_keys(detr: CfgNode) -> None:
     detr.DENOISING.METHOD = "none"
     # dn: how often each object is there. 0: train without, but keep the label embedding.
     detr.DENOISING.NUM_GROUPS = 5
-    # contrastive: positives of the fullest image, about. 0: as above.
+    # contrastive: about how many positives the image with the most objects has. 0: as above.
     detr.DENOISING.NUM_QUERIES = 100
     # Probability of another label (contrastive: of half of them).
     detr.DENOISING.LABEL_NOISE = 0.2

@@ -222,7 +222,7 @@ def test_mask_head_is_ignored_and_listed(tmp_path, model, original, caplog):
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_round_trips_are_exact(tmp_path, model, original, to, ending):
     source = save(tmp_path, {k: v for k, v in original.items() if "num_batches" not in k})
-    there, back = str(tmp_path / f"there.{ending}"), str(tmp_path / f"back.{ending}")
+    there, back = str(tmp_path / "new" / f"there.{ending}"), str(tmp_path / f"back.{ending}")
     convert_checkpoint(source, there, to)
     convert_checkpoint(there, back, "original")
     expected, actual = read_checkpoint(source)["model"], read_checkpoint(back)["model"]

@@ -223,11 +223,11 @@ def test_conversion_tool(tmp_path):
     torch.save({"model": state}, tmp_path / "in.pth")
     good = convert(tmp_path / "in.pth", tmp_path / "out.safetensors", "--to", "own")
     bad = convert(tmp_path / "missing.pth", tmp_path / "out.pth", "--to", "own")
-    lost = convert(tmp_path / "in.pth", tmp_path / "no" / "out.pth", "--to", "own")
+    lost = convert(tmp_path / "in.pth", tmp_path / "in.pth" / "out.pth", "--to", "own")
     message, complaint = good.communicate()[1], bad.communicate()[1]
     unwritten = lost.communicate()[1]
     assert lost.returncode == 1
-    assert "no/out.pth' cannot be written" in unwritten and "Traceback" not in unwritten
+    assert "in.pth/out.pth' cannot be written" in unwritten and "Traceback" not in unwritten
 
     assert good.returncode == 0, message
     own = read_checkpoint(str(tmp_path / "out.safetensors"))["model"]

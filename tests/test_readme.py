@@ -32,6 +32,8 @@ def test_there_are_commands_to_check():
 def test_configs_and_keys_exist(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = argument_parser().parse_args(command[2:])
+    if args.config_file.startswith("output/"):
+        return  # what a training before it leaves there
     cfg = load_config(args.config_file, args.opts)
     for registration in args.register:
         name, _, _ = parse_register_argument(registration)

@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,6 +97,7 @@ def test_masks_and_panoptic_segments_are_drawn(tmp_path):
         return {**instance_predictor(image), "panoptic_seg": (torch.from_numpy(left).int(), info)}
 
     pairs = [(instance_predictor, instance_record), (panoptic_predictor, panoptic_record)]
+    pairs.append((panoptic_predictor, instance_record))  # segments of no ground truth: instances
     for predictor, record in pairs:
         path = tmp_path / "picture.png"
         assert draw_comparison(predictor, [record], "visualize_masks_test", path, columns=1) == 1
@@ -139,6 +142,7 @@ def test_no_image_to_draw_is_refused():
 def test_curves_are_drawn_from_metrics(tmp_path, monkeypatch):
     rows = [{"iteration": 19, "total_loss": 9.0}, {"iteration": 39, "total_loss": 7.0}]
     rows += [{"iteration": 39, "bbox/AP": 12.0, "bbox/AP50": 30.0}]
+    rows = [{"iteration": 39, "total_loss": 7.5}, *rows]  # of a training before it was resumed
     (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
     drawn = []
     from matplotlib.axes import Axes
@@ -159,3 +163,19 @@ def test_what_is_no_metrics_file_is_named(tmp_path, content):
         path.write_text(content)
     with pytest.raises(UserError, match="metrics.json' cannot be read as the metrics.json of"):
         draw_curves(path, tmp_path / "curve.png")
+
+
+def test_the_demo_writes_to_a_folder_of_any_name(monkeypatch, tmp_path):
+    tool = runpy.run_path(str(ROOT / "tools" / "demo.py"))
+    commands = []
+
+    def record(command, **_):
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    monkeypatch.setitem(tool["main"].__globals__, "average_precision", lambda folder: 1.0)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path / "my demo")])
+    tool["main"]()
+    folders = {word for command in commands for word in command if "my demo" in word}
+    assert {str(tmp_path / "my demo" / name) for name in ("trained", "new")} <= folders

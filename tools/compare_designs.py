@@ -3,7 +3,7 @@
 
     python tools/compare_designs.py --minutes 6 --picture docs/designs.png
 
-Trainings that are in the output folder already are not run again.
+Trainings of as many minutes that are in the output folder already are not run again.
 """
 
 import argparse
@@ -21,7 +21,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("configs", nargs="*", help="default: configs/DigitScenes/*_tiny.yaml")
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training, each")
+    parser.add_argument("--minutes", type=float, default=6.0, help="of training, for each design")
     parser.add_argument("--output", default="output/designs", help="folder of the trainings")
     parser.add_argument("--picture", help="where to write the plot")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Writes a checkpoint of any known format as another.
 
-tools/convert_weights.py detr-r50-e632da11.pth detr_r50.safetensors --to own
+python tools/convert_weights.py detr-r50-e632da11.pth detr_r50.safetensors --to own
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument(
         "output", help="file; .safetensors, or torch's format with any other ending"
     )
-    parser.add_argument("--to", required=True, choices=list(WRITABLE))
+    parser.add_argument("--to", required=True, choices=list(WRITABLE), help="format to write")
     parser.add_argument("--half", action="store_true", help="matrices as float16, for small files")
     arguments = parser.parse_args()
     setup_logger(name="detr_d2")

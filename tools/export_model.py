@@ -17,7 +17,11 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--output", required=True, help="its ending says the format")
+    parser.add_argument(
+        "--output",
+        required=True,
+        help="file to write: .onnx, .xml (OpenVINO) or .pt2 (torch.export)",
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
     args = parser.parse_args()
     try:

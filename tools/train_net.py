@@ -3,8 +3,8 @@
 
     python tools/train_net.py --config-file configs/DigitScenes/detr_tiny.yaml --num-gpus 1
     python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS model.pth
-    python tools/train_net.py --config-file ... --register mine_train=train.json:images \
-        --register mine_val=val.json:images \
+    python tools/train_net.py --config-file ... --register mine_train=train.json:images \\
+        --register mine_val=val.json:images \\
         DATASETS.TRAIN "('mine_train',)" DATASETS.TEST "('mine_val',)"
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from ..errors import UserError
 from .formats import (
@@ -29,7 +30,8 @@ def convert_checkpoint(source: str, target: str, to: str, half: bool = False) ->
 
     Args:
         source: see `read_checkpoint`.
-        target: file to write; ``.safetensors`` or torch's format by its ending.
+        target: file to write, its folder made if it is missing; ``.safetensors`` or torch's
+            format by its ending.
         to: a key of `WRITABLE`.
         half: matrices and filters as float16; vectors, such as the statistics of norms, stay.
 
@@ -70,6 +72,7 @@ def convert_checkpoint(source: str, target: str, to: str, half: bool = False) ->
         converted = {n: t.half() if t.ndim >= 2 else t for n, t in converted.items()}
     about = {key: checkpoint.get(key) for key in ("class_names", "config")}
     try:
+        os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
         write_checkpoint(target, converted, **about)
     except OSError as error:
         raise UserError(f"'{target}' cannot be written: {error}.") from error

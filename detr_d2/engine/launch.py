@@ -17,9 +17,10 @@ from ..errors import UserError
 
 
 def argument_parser(description: str | None = None) -> argparse.ArgumentParser:
-    """detectron2's arguments, and `--register`. Without GPUs, `--num-gpus` counts CPU processes."""
+    """detectron2's arguments, and `--register`."""
     parser = default_argument_parser(description)
-    parser.description, parser.epilog = description, None
+    parser.description = description
+    parser.epilog = "Without a GPU, --num-gpus is the number of CPU processes."
     parser.add_argument(
         "--register",
         action="append",
