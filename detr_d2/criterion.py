@@ -41,9 +41,9 @@ class SetCriterion(nn.Module):
     `_enc`, those of denoising queries `_dn` before the layer's; with a mask head there are
     `loss_mask` and `loss_dice` of the last layer. All are divided by sums over every
     image of the optimizer step, on all processes, so that the gradient does not depend on how
-    the images are spread over processes and accumulation steps. Two things do: `loss_mask`, a mean
-    over the padded batch, as in the original, and the number of contrastive denoising groups, which
-    follows from the fullest image of a batch.
+    the images are spread over processes and accumulation steps. Two things do: the losses of masks,
+    which are compared over the padded batch, as in the original, and the number of contrastive
+    denoising groups, which follows from the fullest image of a batch.
     """
 
     # Writing a number to the event storage makes the host wait for the device.

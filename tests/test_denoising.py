@@ -316,10 +316,9 @@ def test_what_is_not_used_is_frozen(variant, options):
     assert any("query_position.scale" in n or "label_embedding" in n for n in model.state_dict())
 
 
-@pytest.mark.parametrize("variant", ["dn_tiny", "dino_tiny"])
-def test_float16_has_room_for_queries_of_no_object(variant):
+def test_float16_has_room_for_queries_of_no_object():
     """Images of 3 objects and of 1: what is padded must not become NaN, which nothing hides."""
-    model = build_model(tiny_cfg(config=variant)).train()
+    model = build_model(tiny_cfg(config="dn_tiny")).train()
     inputs = random_inputs([(64, 96), (64, 96)], [3, 1])
     targets = model.prepare_targets(inputs)
     with torch.autocast("cpu", torch.float16):

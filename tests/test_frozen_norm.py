@@ -112,6 +112,7 @@ def test_norms_that_others_hold_are_left_to_them():
     class Deformable(nn.Module):
         def __init__(self):
             super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4, 3, 3))
             self.norm = FrozenBatchNorm2d(4)
 
         def forward(self, x):

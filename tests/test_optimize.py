@@ -322,6 +322,17 @@ def test_linear_layers_of_other_kinds_are_left_alone():
     torch.testing.assert_close(part(x), expected)
 
 
+@needs_onednn
+@torch.no_grad()
+def test_what_is_not_packed_computes_in_the_type_of_its_weights():
+    """Between layers in bfloat16, as timm's convolutions that pad by the input."""
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.Conv2d(4, 2, 3, padding="same"))
+    x = torch.randn(1, 3, 8, 8).bfloat16()
+    expected = layers(x.float())
+    pack(layers, torch.bfloat16)
+    torch.testing.assert_close(layers(x), expected)
+
+
 @torch.no_grad()
 def test_grey_images():
     """detectron2 builds backbones of as many channels as there are pixel means."""

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,13 @@ def test_there_are_commands_to_check():
 def test_configs_and_keys_exist(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     args = argument_parser().parse_args(command[2:])
-    if args.config_file.startswith("output/"):
-        return  # what a training before it leaves there
+    if args.config_file.startswith("output/"):  # what a training before it leaves there
+        earlier = shell_commands()[: shell_commands().index(command)]
+        folder = str(Path(args.config_file).parent)
+        assert any(("OUTPUT_DIR", folder) in pairwise(c) for c in earlier)
+        weights = args.opts[args.opts.index("MODEL.WEIGHTS") + 1]
+        assert str(Path(weights).parent) == folder
+        return
     cfg = load_config(args.config_file, args.opts)
     for registration in args.register:
         name, _, _ = parse_register_argument(registration)

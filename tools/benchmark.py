@@ -21,7 +21,9 @@ if __name__ == "__main__":
         "jobs", nargs="*", metavar="JOB", help=f"what to measure: {', '.join(JOBS)}; default: all"
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, sizes and contestants")
-    parser.add_argument("--rounds", type=int, help="how many are timed; default 5, with --quick 2")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds of contestants taking turns; default 5, with --quick 2"
+    )
     parser.add_argument("--json", metavar="FILE", help="where to write all seconds")
     parser.add_argument("--picture", metavar="FILE", help="where to write the plot")
     args = parser.parse_args()

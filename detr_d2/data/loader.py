@@ -124,7 +124,7 @@ def _train_loader_from_config(
         "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         "sampler": cfg.DATALOADER.SAMPLER_TRAIN,
         "repeat_threshold": cfg.DATALOADER.REPEAT_THRESHOLD,
-        "repeat_sqrt": cfg.DATALOADER.get("REPEAT_SQRT", True),  # older detectron2s have no key
+        "repeat_sqrt": cfg.DATALOADER.get("REPEAT_SQRT", True),
     }
 
 
@@ -164,7 +164,7 @@ def build_train_loader(
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             [{"annotations": listed_objects(d) or []} for d in dataset],
             repeat_threshold,
-            repeat_sqrt,
+            **({} if repeat_sqrt else {"sqrt": False}),  # older detectron2s have no such argument
         )
         indices = RepeatFactorTrainingSampler(factors, seed=seed)
     else:

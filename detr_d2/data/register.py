@@ -239,4 +239,7 @@ def _check_images_exist(
     if allow_missing and len(missing) < len(looked_for):
         logger.warning("%s", message)
         return
-    raise DatasetError(message)
+    raise DatasetError(
+        f"{message} Restore them, or take them out of the annotations; for training there is "
+        "INPUT.SKIP_UNREADABLE_IMAGES, too."
+    )

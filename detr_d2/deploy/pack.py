@@ -13,6 +13,8 @@ Shapes: B images, C channels, H and W of a map.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
 from torch import Tensor, nn
@@ -201,8 +203,16 @@ def pack(module: nn.Module, dtype: torch.dtype) -> None:
             child.to(dtype)
         elif packed is None:
             pack(child, dtype)
+            if isinstance(child, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+                child.register_forward_pre_hook(_as_weights)
         else:
             setattr(module, name, packed)
+
+
+def _as_weights(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What is not packed computes in the type of its weights, whatever its neighbours are in."""
+    dtype = next(module.parameters()).dtype
+    return tuple(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
 
 
 def _packed(module: nn.Module, dtype: torch.dtype, may_overwrite: bool) -> nn.Module | None:

@@ -64,7 +64,7 @@ def compare(
         known = json.loads(file.read_text()) if file.is_file() else {}
         if known.get("budget") != minutes:
             seconds = seconds_per_iteration(train_net, config, folder / "probe")
-            iterations = round(60 * minutes / seconds)
+            iterations = max(round(60 * minutes / seconds), 1)
             train(train_net, config, folder, iterations, math.ceil(iterations / evaluations))
             known = {"budget": minutes, **summarise(folder, iterations, seconds)._asdict()}
             file.write_text(json.dumps(known))

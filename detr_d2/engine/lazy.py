@@ -77,7 +77,9 @@ def setup(args: argparse.Namespace) -> Any:
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     evaluator = cfg.dataloader.evaluator
     evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
-    tested = names_of(cfg.dataloader.test)
+    # A loader of one's own need not have names.
+    named = OmegaConf.select(cfg, "dataloader.test.dataset.names") is not None
+    tested = names_of(cfg.dataloader.test) if named else [evaluator.dataset_name]
     if tested != [evaluator.dataset_name]:
         raise UserError(
             f"dataloader.test.dataset.names is {tested}, and dataloader.evaluator.dataset_name "

@@ -187,9 +187,15 @@ def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:
     """
     in_iterations = "SOLVER.MAX_ITER" in overridden and "SOLVER.EPOCHS" not in overridden
     if in_iterations and cfg.SOLVER.EPOCHS:
-        cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS = None, []
         if "SOLVER.STEPS" not in overridden:
             cfg.SOLVER.STEPS = ()  # detectron2's default is of its own schedule
+            if cfg.SOLVER.STEP_EPOCHS:
+                logger.warning(
+                    "SOLVER.MAX_ITER replaces epochs, and SOLVER.STEP_EPOCHS "
+                    f"{list(cfg.SOLVER.STEP_EPOCHS)} with them: the learning rate does not drop "
+                    "unless SOLVER.STEPS says when."
+                )
+        cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS = None, []
     if "TEST.EVAL_PERIOD" in overridden and "TEST.EVAL_EPOCHS" not in overridden:
         cfg.TEST.EVAL_EPOCHS = None
     if "SOLVER.STEPS" in overridden and cfg.SOLVER.EPOCHS:
@@ -264,7 +270,7 @@ def load_trained(cfg: CfgNode, resume: bool = False) -> nn.Module:
     """
     model = DetrTrainer.build_model(cfg)
     checkpointer = build_checkpointer(cfg, model, cfg.DATASETS.TEST)
-    checkpointer.new_class_head = False  # that is how a training starts
+    checkpointer.new_class_head = False  # a new head is for the start of a training
     path = last_checkpoint(checkpointer) if resume else cfg.MODEL.WEIGHTS
     if not path:
         raise UserError("MODEL.WEIGHTS is empty: name the checkpoint to evaluate.")

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
-from ..errors import UserError, require_package
+from ..errors import UserError
 from .coco_evaluation import COCODetectionEvaluator
 from .lvis_evaluation import PerClassLVISEvaluator
 from .panoptic_evaluation import PanopticEvaluator
@@ -88,7 +88,13 @@ def _prepare_lvis_package() -> None:
     lvis 0.5.3, the newest, calls ``np.float``, which numpy has removed. Its one module that does so
     gets a numpy with that name; numpy itself is left as it is.
     """
-    lvis = require_package("lvis", "lvis")
+    try:
+        import lvis
+    except ImportError as error:
+        raise UserError(
+            "The package lvis is needed here and not installed: pip install --no-deps lvis (it "
+            "asks for an OpenCV that needs a display)."
+        ) from error
     if not hasattr(lvis.eval.np, "float"):
         numpy_with_float = types.ModuleType("numpy", "numpy with its former alias numpy.float")
         numpy_with_float.__dict__.update({**vars(np), "float": float})

@@ -289,7 +289,8 @@ def build_transformer(
         return PlainAttention(**attention, dropout=dropout)
 
     def head(index: int = 0) -> PredictionHead:
-        # Width and height have no start at a point, and later layers start from boxes.
+        # Width and height have no start at a point, and later layers start from boxes: a head that
+        # all of them share would add its own again and again.
         is_first = index == 0 and not shared_heads
         from_points = queries == "point" and (refinement == "none" or is_first)
         return PredictionHead(

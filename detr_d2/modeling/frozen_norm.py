@@ -73,7 +73,8 @@ def fold_frozen_norms(module: nn.Module, image_channels: int = 3) -> int:
         and isinstance(getattr(convolution, "norm", None), FrozenBatchNorm2d)
     ]
     # Also of deformable convolutions, which apply it themselves, and cannot run on a CPU.
-    held = {id(getattr(m, "norm", None)) for m in module.modules()}
+    filters = [m for m in module.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 4]
+    held = {id(getattr(m, "norm", None)) for m in filters}
     if any(_is_frozen_norm(m) and id(m) not in held for m in module.modules()):
         parameter = next(module.parameters())
         example = parameter.new_zeros(1, image_channels, 64, 64)
