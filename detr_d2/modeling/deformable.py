@@ -165,16 +165,17 @@ def _grid_sample(
     value, weights = value.to(locations.dtype), weights.to(locations.dtype)
     batch, _, heads, channels = value.shape
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*M, Q, P, 2)
+    shares = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)  # (L, B*M, Q, P)
     sizes = [height * width for height, width in level_shapes]
-    sampled = []
-    for level, grid, (height, width) in zip(
-        value.split(sizes, dim=1), grids, level_shapes, strict=True
+    summed = 0
+    for level, grid, share, (height, width) in zip(
+        value.split(sizes, dim=1), grids, shares, level_shapes, strict=True
     ):
         maps = level.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
-        sampled.append(F.grid_sample(maps, grid, align_corners=False))
-    samples = torch.cat(sampled, dim=-1)  # (B*M, D, Q, L*P)
-    weights = weights.flatten(3).transpose(1, 2).flatten(0, 1)  # (B*M, Q, L*P)
-    summed = (samples * weights[:, None]).sum(-1)  # (B*M, D, Q)
+        samples = F.grid_sample(maps, grid, align_corners=False)  # (B*M, D, Q, P)
+        # Level by level, for all levels' samples side by side would be a copy of the largest
+        # tensors here, and of their gradients.
+        summed = summed + (samples * share[:, None]).sum(-1)  # (B*M, D, Q)
     return summed.unflatten(0, (batch, heads)).permute(0, 3, 1, 2).to(dtype)
 
 
