@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
+from omegaconf import OmegaConf
 
 from detr_d2 import model_zoo
 from detr_d2.data import classes_of
@@ -184,6 +185,7 @@ def test_a_single_name_needs_no_list(few_digits, tmp_path):
     assert lazy.names_of(cfg.dataloader.train) == ["digit_scenes_train"]
     assert len(instantiate(cfg.dataloader.train.dataset)) == 12
     assert cfg.dataloader.evaluator.output_folder == str(tmp_path / "inference")
+    assert lazy.names_of(OmegaConf.create({"dataset": {"file": "a"}})) == []
 
 
 def test_misspelt_keys_are_refused():

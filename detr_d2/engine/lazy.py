@@ -77,9 +77,7 @@ def setup(args: argparse.Namespace) -> Any:
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     evaluator = cfg.dataloader.evaluator
     evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
-    # A loader of one's own need not have names.
-    named = OmegaConf.select(cfg, "dataloader.test.dataset.names") is not None
-    tested = names_of(cfg.dataloader.test) if named else [evaluator.dataset_name]
+    tested = names_of(cfg.dataloader.test) or [evaluator.dataset_name]
     if tested != [evaluator.dataset_name]:
         raise UserError(
             f"dataloader.test.dataset.names is {tested}, and dataloader.evaluator.dataset_name "
@@ -96,8 +94,9 @@ def setup(args: argparse.Namespace) -> Any:
 
 
 def names_of(loader: Any) -> list[str]:
-    """The data sets of a loader's config, which may name a single one without a list."""
-    names = loader.dataset.names
+    """The data sets of a loader's config, which may name a single one without a list, or, where it
+    is of another kind, none."""
+    names = OmegaConf.select(loader, "dataset.names", default=[])
     return [names] if isinstance(names, str) else list(names)
 
 
