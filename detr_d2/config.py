@@ -98,7 +98,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.TIMM.OUT_INDICES = []
     # Let timm load its own weights, downloading them if necessary.
     cfg.MODEL.TIMM.PRETRAINED = False
-    # Constant batch norms: the batches of detection are too small to estimate statistics.
+    # Constant batch norms: the batches of detection are too small to estimate statistics. False:
+    # for training from nothing, so that MODEL.BACKBONE.FREEZE_AT freezes nothing, either.
     cfg.MODEL.TIMM.FREEZE_NORM = True
 
     # For MODEL.BACKBONE.NAME build_basic_resnet_backbone: blocks in res2, res3, …
@@ -107,7 +108,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
 
 
 def _add_part_keys(detr: CfgNode) -> None:
-    """Which part stands where; build.py refuses what makes no sense together."""
+    """Which part stands where; combinations.py refuses what makes no sense together."""
     # Of the sine embedding: ratio of the longest to the shortest wave, and what is added to the
     # pixel count (-0.5: the middle of a pixel).
     detr.POSITION_TEMPERATURE = 10000.0

@@ -19,7 +19,9 @@ def require_package(name: str, extra: str) -> ModuleType:
     """
     try:
         return import_module(name)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise  # it is installed, and lacks something itself
         raise UserError(
             f"The package {name!r} is needed here and not installed: pip install {name}, or all "
             f"of its kind in a checkout with pip install -e '.[{extra}]'."

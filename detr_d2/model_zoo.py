@@ -15,6 +15,7 @@ from .checkpoint import load_weights
 from .checkpoint.package_files import PackageFileHandler
 from .config import get_detr_cfg
 from .data import classes_of
+from .data.classes import names_of
 from .errors import UserError
 from .processor import usable_device
 
@@ -127,10 +128,10 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
     if isinstance(cfg, CfgNode):
         cfg.MODEL.DEVICE = device or usable_device(cfg.MODEL.DEVICE)
         model, weights = build_model(cfg), cfg.MODEL.WEIGHTS
-        names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1]
+        names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     else:
         model = instantiate(cfg.model).to(device or usable_device(cfg.train.device))
-        weights, names = cfg.train.init_checkpoint, list(cfg.dataloader.train.dataset.names)[:1]
+        weights, names = cfg.train.init_checkpoint, names_of(cfg.dataloader.train)
     if weights:
-        load_weights(model, weights, classes_of(names))
+        load_weights(model, weights, classes_of(names[:1]))
     return model

@@ -11,7 +11,7 @@ from detectron2.modeling import build_backbone
 from torch import nn
 
 from detr_d2 import get_detr_cfg
-from detr_d2.errors import UserError
+from detr_d2.errors import UserError, require_package
 from detr_d2.modeling.neck import padding_mask, resize_padding, valid_ratio
 
 from .helpers import tiny_cfg
@@ -204,6 +204,14 @@ def test_timm_is_asked_for_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match="pip install timm"):
         build_backbone(cfg)
+
+
+def test_a_package_that_lacks_another_one_says_so_itself(monkeypatch, tmp_path):
+    """ "Not installed" would be wrong of it."""
+    (tmp_path / "half_installed.py").write_text("import what_it_needs")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="what_it_needs"):
+        require_package("half_installed", "test")
 
 
 def test_detectron2s_norm_is_frozen():

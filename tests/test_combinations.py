@@ -9,10 +9,12 @@ from detectron2.modeling import build_model
 
 from detr_d2 import get_detr_cfg
 from detr_d2.errors import UserError
+from detr_d2.modeling.build import build_criterion, build_denoising, build_transformer
 from detr_d2.modeling.combinations import CHOICES, check_combination, uses_positions
 
 from .helpers import random_inputs, tiny_cfg
 
+IN_NECK = ("POSITION_EMBEDDING", "NECK")  # LazyConfigs name their classes
 FREE = {
     "QUERIES": CHOICES["QUERIES"],
     "QUERY_CONTENT": CHOICES["QUERY_CONTENT"],
@@ -162,8 +164,21 @@ def test_reasons(choice, reason):
 
 
 def test_unknown_parts_are_named():
-    with pytest.raises(UserError, match="QUERIES is 'anchors'; it must be one of learned, point"):
+    with pytest.raises(UserError, match="QUERIES .*is 'anchors'; it must be one of learned, point"):
         build_model(config({"QUERIES": "anchors"}))
+
+
+@pytest.mark.parametrize("key", [key for key in CHOICES if key not in IN_NECK])
+def test_unknown_parts_are_named_in_lazy_configs(key):
+    """Which call these functions without a yaml's check of all keys."""
+    argument = key.rpartition(".")[2].lower()
+    build, others = build_transformer, {"num_logits": 3}
+    if key == "CLASSIFICATION":
+        build, others = build_criterion, {"num_classes": 3}
+    elif key == "DENOISING.METHOD":
+        build, others = build_denoising, {"num_classes": 3, "hidden_dim": 8}
+    with pytest.raises(UserError, match=f"LazyConfig: {argument}. is 'plane'; it must be one of"):
+        build(**others, **{argument: "plane"})
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from detectron2.structures import BoxMode
 from omegaconf import OmegaConf
 
 from detr_d2 import model_zoo
@@ -14,6 +16,8 @@ from detr_d2.data import classes_of
 from detr_d2.engine import lazy, main
 from detr_d2.engine.launch import argument_parser
 from detr_d2.errors import UserError
+
+from .training import unregistering
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIRS = [
@@ -186,6 +190,20 @@ def test_a_single_name_needs_no_list(few_digits, tmp_path):
     assert len(instantiate(cfg.dataloader.train.dataset)) == 12
     assert cfg.dataloader.evaluator.output_folder == str(tmp_path / "inference")
     assert lazy.names_of(OmegaConf.create({"dataset": {"file": "a"}})) == []
+
+
+def test_boxes_that_are_corners_are_refused_before_a_training(tmp_path):
+    """Evaluated on them, the best model would have AP 0."""
+    config = LazyConfig.load(str(CONFIGS / "DigitScenes/detr_tiny.py"))
+    images = []
+    for index in range(8):
+        at = {"bbox": [300, 200, 620, 460], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+        images.append({"image_id": index, "width": 640, "height": 480, "annotations": [at]})
+    config.dataloader.test.dataset.names = "corners"
+    with unregistering():
+        DatasetCatalog.register("corners", lambda: images)
+        with pytest.raises(UserError, match="'corners'"):
+            instantiate(config.dataloader.test)
 
 
 def test_misspelt_keys_are_refused():

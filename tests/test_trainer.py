@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from torch import nn
@@ -110,6 +110,47 @@ def test_accumulating_trainer_takes_as_many_images_per_step(rectangles, tmp_path
     large = build_train_loader(training_cfg(rectangles, tmp_path), cfg.SEED)
     for i, batch in zip(range(4), large):  # noqa: B905, the stream is endless
         assert [x["file_name"] for x in batch] == seen[2 * i] + seen[2 * i + 1]
+
+
+# Loaders of one's own
+
+
+class TrainerWithForeignLoader(DetrTrainer):
+    """As people write it for detectron2."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, is_train=True))
+
+
+def test_a_trainer_may_bring_its_loader(rectangles, tmp_path, caplog):
+    options = ("SOLVER.CHECKPOINT_PERIOD", 2)
+    trainer = TrainerWithForeignLoader(training_cfg(rectangles, tmp_path, *options))
+    assert trainer.batch_sampler is None and trainer.num_images is None
+    trainer.train()
+    assert trainer.iter == 4 and "Images per optimizer step: ?" in caplog.text
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    resumed = TrainerWithForeignLoader(training_cfg(rectangles, tmp_path, *options))
+    resumed.resume_or_load(resume=True)
+    assert "starts its images anew" not in caplog.text
+    resumed.train()
+    assert "starts its images anew" in caplog.text
+    with pytest.raises(UserError, match="the number of images, which this training's loader does"):
+        TrainerWithForeignLoader(training_cfg(rectangles, tmp_path, "SOLVER.EPOCHS", 1.0))
+
+
+def test_a_loader_knows_the_seed_that_was_drawn(rectangles, tmp_path):
+    seeds = []
+
+    class Trainer(DetrTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            seeds.append(cfg.SEED)
+            return super().build_train_loader(cfg)
+
+    trainer = Trainer(training_cfg(rectangles, tmp_path, "SEED", -1))
+    assert seeds == [trainer.seed] and trainer.seed >= 0
+    assert trainer.cfg.SEED == -1
 
 
 # One step

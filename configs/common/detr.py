@@ -4,7 +4,7 @@ A config imports these and changes what is its own, see detr_R_50_500ep.py.
 """
 
 from detectron2.config import LazyCall as L
-from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader
 from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
@@ -13,7 +13,7 @@ from torch.optim import AdamW
 
 from detr_d2.data import DetrDatasetMapper
 from detr_d2.data.dataset_mapper import build_augmentation
-from detr_d2.data.loader import build_train_loader, build_training_dicts
+from detr_d2.data.loader import build_test_dicts, build_train_loader, build_training_dicts
 from detr_d2.engine.optimizer import LearningRateFactor
 from detr_d2.evaluation import build_evaluator
 from detr_d2.modeling import Detr, build_criterion, build_transformer
@@ -71,7 +71,7 @@ dataloader = dict(
         num_workers=4,
     ),
     test=L(build_detection_test_loader)(
-        dataset=L(get_detection_dataset_dicts)(names=["coco_2017_val"], filter_empty=False),
+        dataset=L(build_test_dicts)(names=["coco_2017_val"]),
         mapper=L(DetrDatasetMapper)(
             is_train=False,
             augmentations=L(build_augmentation)(is_train=False, min_size=800, max_size=1333),

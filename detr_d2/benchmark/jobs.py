@@ -20,7 +20,7 @@ from ..data.dataset_mapper import build_augmentation
 from ..deploy import optimize_for_inference
 from ..engine.optimizer import build_optimizer
 from ..engine.trainer import compile_for_training
-from ..errors import require_package
+from ..errors import UserError, require_package
 from ..evaluation.coco_metrics import compute_coco_metrics
 from ..model_zoo import get_config
 from ..modeling import build_criterion
@@ -279,7 +279,7 @@ def evaluation(rounds: int, quick: bool) -> list[Section]:
     for backend in ("pycocotools", "hotcoco"):
         try:
             require_package(backend, "fast")
-        except ValueError:
+        except UserError:
             continue
 
         def work(backend: str = backend) -> None:

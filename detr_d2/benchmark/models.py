@@ -19,7 +19,7 @@ from ..deploy import ExportedDetr, optimize_for_inference
 from ..deploy.export import write
 from ..deploy.exportable import ExportableDetr
 from ..deploy.runtime import open_model
-from ..errors import require_package
+from ..errors import UserError, require_package
 from ..model_zoo import get_config
 from ..modeling.meta_arch import Detr
 from ..processor import fast_types, is_bfloat16_fast
@@ -181,7 +181,7 @@ def exported(model: Detr, missing: dict[str, str]) -> Iterator[list[tuple[str, P
                 require_package(package, "export")
                 path = Path(folder) / f"{package}{suffix}"
                 write(exportable, path)
-            except ValueError as error:
+            except UserError as error:
                 missing[runtime] = str(error)
                 continue
             for dtype in dtypes:

@@ -1,13 +1,21 @@
-"""How many classes a model has: what the data sets say, and what the config says."""
+"""Which data sets a config names, and how many classes a model has by them and by the config."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
+from omegaconf import DictConfig, OmegaConf
 
 from ..errors import UserError
 from .register import classes_of
+
+
+def names_of(loader: DictConfig) -> list[str]:
+    """The data sets of a loader's LazyConfig, which may name a single one without a list, or, where
+    it is of another kind, none."""
+    names = OmegaConf.select(loader, "dataset.names", default=[])
+    return [names] if isinstance(names, str) else list(names)
 
 
 def resolve_num_classes(cfg: CfgNode) -> int:

@@ -188,19 +188,25 @@ def build_train_loader(
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
-    """detectron2's evaluation loader with this package's mapper.
+    """detectron2's evaluation loader with this package's mapper; see `build_test_dicts`."""
+    return build_detection_test_loader(
+        build_test_dicts(dataset_name),
+        mapper=DetrDatasetMapper(cfg, is_train=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def build_test_dicts(names: str | Sequence[str]) -> list[dict]:
+    """Dictionaries of a data set to evaluate on, with the images that have no object.
 
     Raises:
         FaultyAnnotationError: the boxes are corners labelled as width and height, so that the
             evaluation of a perfect model would say 0.
     """
-    dataset = get_detection_dataset_dicts(dataset_name, filter_empty=False)
-    refuse_xyxy_given_as_xywh(dataset, dataset_name)
-    return build_detection_test_loader(
-        dataset,
-        mapper=DetrDatasetMapper(cfg, is_train=False),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-    )
+    names = [names] if isinstance(names, str) else list(names)
+    dataset = get_detection_dataset_dicts(names, filter_empty=False)
+    refuse_xyxy_given_as_xywh(dataset, ", ".join(names))
+    return dataset
 
 
 def _training_dicts_from_config(cfg: CfgNode) -> dict[str, Any]:

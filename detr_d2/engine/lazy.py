@@ -23,6 +23,7 @@ from torch import nn
 
 from ..checkpoint import DetrCheckpointer
 from ..data import classes_of, parse_register_argument, register_coco_dataset
+from ..data.classes import names_of
 from ..errors import UserError
 from ..processor import usable_device
 from .main import blaming_output, last_checkpoint, shorten_user_error, warn_about_output
@@ -44,7 +45,7 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
     cfg = setup(args)
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
-        evaluated = cfg.dataloader.evaluator.dataset_name
+        evaluated = [cfg.dataloader.evaluator.dataset_name]
         checkpointer = build_checkpointer(cfg, model, evaluated, LazyConfig.to_py(cfg))
         path = last_checkpoint(checkpointer) if args.resume else cfg.train.init_checkpoint
         if not path:
@@ -91,13 +92,6 @@ def setup(args: argparse.Namespace) -> Any:
     trained = [] if args.eval_only else names_of(cfg.dataloader.train)
     check_num_classes(cfg, [*trained, *tested])
     return cfg
-
-
-def names_of(loader: Any) -> list[str]:
-    """The data sets of a loader's config, which may name a single one without a list, or, where it
-    is of another kind, none."""
-    names = OmegaConf.select(loader, "dataset.names", default=[])
-    return [names] if isinstance(names, str) else list(names)
 
 
 def check_num_classes(cfg: Any, dataset_names: Sequence[str]) -> None:
@@ -147,7 +141,7 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
     checkpointer = build_checkpointer(
         cfg,
         model,
-        names_of(cfg.dataloader.train)[0],
+        names_of(cfg.dataloader.train),
         config,
         trainer=weakref.proxy(trainer),
         optimizer=optimizer,
@@ -193,14 +187,14 @@ def build_loader(cfg: Any, seed: int) -> Any:
 
 
 def build_checkpointer(
-    cfg: Any, model: nn.Module, dataset_name: str, config: str, **checkpointables: Any
+    cfg: Any, model: nn.Module, dataset_names: Sequence[str], config: str, **checkpointables: Any
 ) -> DetrCheckpointer:
-    """Checkpointer that knows, and saves along with the weights, the data set's class names and
+    """Checkpointer that knows, and saves along with the weights, the data sets' class names and
     the config."""
     return DetrCheckpointer(
         model,
         cfg.train.output_dir,
-        class_names=classes_of([dataset_name]),
+        class_names=classes_of(dataset_names),
         config=config,
         **checkpointables,
     )

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from ..errors import UserError
 
 
-def resolve_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
+def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
     """The config with epochs turned into iterations over `num_images` training images.
 
     `SOLVER.EPOCHS` becomes `SOLVER.MAX_ITER`, `SOLVER.STEP_EPOCHS` becomes `SOLVER.STEPS` and
@@ -19,8 +19,8 @@ def resolve_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
     the result says each thing once.
 
     Raises:
-        UserError: drops of the learning rate without a length in epochs, or after it; or what is
-            no number of epochs.
+        UserError: drops of the learning rate without a length in epochs, or after it; what is no
+            number of epochs; or epochs of an unknown number of images (None).
     """
     solver = cfg.SOLVER
     check_numbers("SOLVER.EPOCHS", [solver.EPOCHS])
@@ -35,6 +35,11 @@ def resolve_epochs(cfg: CfgNode, num_images: int) -> CfgNode:
         )
     if not solver.EPOCHS and not cfg.TEST.EVAL_EPOCHS:
         return cfg
+    if num_images is None:
+        raise UserError(
+            "SOLVER.EPOCHS and TEST.EVAL_EPOCHS need the number of images, which this training's "
+            "loader does not tell: set SOLVER.MAX_ITER and TEST.EVAL_PERIOD."
+        )
     per_epoch = num_images / solver.IMS_PER_BATCH
 
     def iterations(epochs: float) -> int:

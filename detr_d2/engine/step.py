@@ -15,7 +15,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.loader import derive_seed
+from ..data.loader import ResumableBatchSampler, derive_seed
 from .diagnose import explain_non_finite
 from .precision import Precision
 
@@ -50,7 +50,8 @@ class StepTrainer(TrainerBase):
         """
         Args:
             model: takes (batch, object counts), returns weighted losses by name.
-            build_loader: seed -> loader of `detr_d2.data.loader.build_train_loader`'s kind.
+            build_loader: seed -> batches without end. A resumed training goes on where it stopped
+                if they come from `detr_d2.data.loader.build_train_loader`.
             precision: autocast and gradient scaling.
             accumulation_steps: batches per optimizer step.
             max_gradient_norm: of all gradients taken as one vector; None does not clip.
@@ -69,21 +70,38 @@ class StepTrainer(TrainerBase):
         self.data_loader = build_loader(self.seed)
         self._batches: Iterator[Batch] | None = None
 
+    @property
+    def batch_sampler(self) -> ResumableBatchSampler | None:
+        """The loader's; None where it is of another kind than this package's."""
+        sampler = getattr(self.data_loader, "batch_sampler", None)
+        return sampler if isinstance(sampler, ResumableBatchSampler) else None
+
+    @property
+    def num_images(self) -> int | None:
+        """In the training data; None where the loader does not tell."""
+        return len(self.data_loader.dataset) if self.batch_sampler else None
+
     def before_train(self) -> None:
-        sampler = self.data_loader.batch_sampler
-        sampler.start_batch = self.start_iter * self.accumulation_steps
+        if self.batch_sampler:
+            self.batch_sampler.start_batch = self.start_iter * self.accumulation_steps
+        elif self.start_iter:
+            logger.warning("The loader cannot go on where it stopped: it starts its images anew.")
         self._batches = iter(self.data_loader)
-        self.log_recipe(sampler.batch_size)
+        self.log_recipe()
         super().before_train()
 
-    def log_recipe(self, images_per_forward: int) -> None:
+    def log_recipe(self) -> None:
         """Says once what a step is made of: most trainings that fail do so here."""
         processes, steps = comm.get_world_size(), self.accumulation_steps
+        images, total = "?", "?"
+        if self.batch_sampler:
+            images = self.batch_sampler.batch_size
+            total = processes * steps * images
         groups = self.optimizer.param_groups
         rates = sorted({group.get("initial_lr", group["lr"]) for group in groups}, reverse=True)
         logger.info(
-            f"Images per optimizer step: {processes * steps * images_per_forward} = {processes} "
-            f"process(es) x {steps} batch(es) x {images_per_forward} image(s). "
+            f"Images per optimizer step: {total} = {processes} process(es) x {steps} batch(es) x "
+            f"{images} image(s). "
             f"{type(self.optimizer).__name__}, learning rates before warm-up and drops: "
             f"{', '.join(f'{rate:g}' for rate in rates)}; {self.max_iter} iterations, "
             f"{self.precision}."

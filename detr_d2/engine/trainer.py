@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,17 +50,21 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         if cfg.SOLVER.COMPILE:
             compile_for_training(model)
         optimizer = self.build_optimizer(cfg, model)
+
+        def build_loader(seed: int) -> Iterable[Batch]:
+            return self.build_train_loader(with_seed(cfg, seed))
+
         StepTrainer.__init__(
             self,
             model,
-            partial(build_train_loader, cfg),
+            build_loader,
             optimizer,
             precision=Precision.from_config(cfg),
             accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
             max_gradient_norm=full_model_clip_norm(cfg),
             seed=cfg.SEED,
         )
-        cfg = resolve_epochs(cfg, num_images=len(self.data_loader.dataset))
+        cfg = resolve_epochs(cfg, self.num_images)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = build_checkpointer(
             cfg, model, cfg.DATASETS.TRAIN, trainer=weakref.proxy(self), optimizer=optimizer
@@ -111,6 +114,11 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Batch]:
+        """What to train on; `cfg.SEED` is the training's own. May be overridden as in detectron2.
+
+        Loaders of other kinds than this package's start their images anew where a training is
+        resumed, and epochs cannot be counted by them.
+        """
         return build_train_loader(cfg, max(cfg.SEED, 0))
 
     @classmethod
@@ -120,6 +128,14 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+
+def with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    seeded = cfg.clone()
+    seeded.defrost()
+    seeded.SEED = seed
+    seeded.freeze()
+    return seeded
 
 
 def compile_for_training(model: nn.Module) -> None:

@@ -22,18 +22,20 @@ def build_evaluator(
     *,
     masks: bool | None = None,
     panoptic: bool | None = None,
+    max_detections_per_image: int = 100,
 ) -> DatasetEvaluator:
     """Build the evaluator that the data set's metadata asks for.
 
     Args:
-        cfg: gives the default of `output_folder`, ``OUTPUT_DIR/inference``, and COCO's limit on the
-            detections per image, ``TEST.DETECTIONS_PER_IMAGE`` (without a cfg: 100).
+        cfg: gives the default of `output_folder`, ``OUTPUT_DIR/inference``.
         dataset_name: registered data set whose metadata has ``evaluator_type`` "coco",
             "coco_panoptic_seg", "lvis" or "pascal_voc".
         output_folder: folder for results; None without a cfg writes no file.
         masks, panoptic: of data sets in COCO's format, whether to evaluate masks of instances, and
             panoptic quality where there are such annotations; by default what the cfg's model
             gives, without a cfg neither. (LVIS evaluates the masks it is given, VOC none.)
+        max_detections_per_image: in COCO's metrics, of each class. Published AP is with 100, also
+            that of models which return 300 (``TEST.DETECTIONS_PER_IMAGE``).
 
     Raises:
         UserError: no such ``evaluator_type``, or metadata or a package which that evaluator needs
@@ -45,10 +47,12 @@ def build_evaluator(
         masks = cfg is not None and cfg.MODEL.MASK_ON
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type in ("coco", "coco_panoptic_seg"):
-        limit = 100 if cfg is None else cfg.TEST.DETECTIONS_PER_IMAGE
         tasks = ("bbox", "segm") if masks else ("bbox",)
         instances = COCODetectionEvaluator(
-            dataset_name, output_folder, tasks=tasks, max_detections_per_image=limit
+            dataset_name,
+            output_folder,
+            tasks=tasks,
+            max_detections_per_image=max_detections_per_image,
         )
         if evaluator_type == "coco":
             return instances

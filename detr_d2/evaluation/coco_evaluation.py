@@ -117,8 +117,7 @@ class COCODetectionEvaluator(DatasetEvaluator):
         )
         if limit != 100:
             logger.warning(
-                "AP with up to %d detections per image (TEST.DETECTIONS_PER_IMAGE); "
-                "published COCO figures use 100.",
+                "AP with up to %d detections per image and class; published COCO figures use 100.",
                 limit,
             )
         if not detections:

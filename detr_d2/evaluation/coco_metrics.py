@@ -4,8 +4,8 @@ Both packages have the same interface and, on what `compute_coco_metrics` hands 
 arrays bit for bit; hotcoco is tens of times faster.
 
 Shape letters: T = 10 IoU thresholds 0.50:0.05:0.95, R = 101 recall points, K = categories sorted
-by id, A = 4 areas (all, small, medium, large), M = 3 limits on the detections per image (1, 10 and
-`max_detections_per_image`).
+by id, A = 4 areas (all, small, medium, large), M = 3 limits on the detections per image and class
+(see `detection_limits`).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
-AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
+AREAS = {"s": 1, "m": 2, "l": 3}
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class COCOMetrics:
             "AP50": _mean_percent(self.precision[0, :, :, 0, -1]),
             "AP75": _mean_percent(self.precision[5, :, :, 0, -1]),
         }
-        for suffix in ("s", "m", "l"):
-            numbers[f"AP{suffix}"] = _mean_percent(self.precision[:, :, :, AREAS[suffix], -1])
-        for index, limit in enumerate((1, 10, self.max_detections_per_image)):
+        for suffix, area in AREAS.items():
+            numbers[f"AP{suffix}"] = _mean_percent(self.precision[:, :, :, area, -1])
+        for index, limit in enumerate(detection_limits(self.max_detections_per_image)):
             numbers[f"AR@{limit}"] = _mean_percent(self.recall[:, :, 0, index])
-        for suffix in ("s", "m", "l"):
-            numbers[f"AR{suffix}"] = _mean_percent(self.recall[:, :, AREAS[suffix], -1])
+        for suffix, area in AREAS.items():
+            numbers[f"AR{suffix}"] = _mean_percent(self.recall[:, :, area, -1])
         return numbers
 
     def per_class(self) -> dict[str, dict[str, float]]:
@@ -64,6 +64,11 @@ class COCOMetrics:
             }
             for k, name in enumerate(self.class_names)
         }
+
+
+def detection_limits(most: int) -> list[int]:
+    """COCO's 1, 10 and 100, with `most` for the last; ascending, as hotcoco takes them."""
+    return [1, min(10, most), most]
 
 
 def compute_coco_metrics(
@@ -96,7 +101,7 @@ def compute_coco_metrics(
     if max_detections_per_image < 1:
         raise UserError(
             "COCO evaluation needs at least 1 detection per image, but the limit is "
-            f"{max_detections_per_image}; set TEST.DETECTIONS_PER_IMAGE to 1 or more."
+            f"{max_detections_per_image}; set max_detections_per_image to 1 or more."
         )
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
     class_names = [category["name"] for category in categories]
@@ -111,9 +116,7 @@ def compute_coco_metrics(
         truth.dataset = _normalize_ground_truth(ground_truth, task)
         truth.createIndex()
         evaluation = coco_eval(truth, truth.loadRes(_keep_task_fields(detections, task)), task)
-        # The limits must ascend: pycocotools sorts them, hotcoco does not.
-        limit = max_detections_per_image
-        evaluation.params.maxDets = [min(1, limit), min(10, limit), limit]
+        evaluation.params.maxDets = detection_limits(max_detections_per_image)
         evaluation.evaluate()
         evaluation.accumulate()
     return COCOMetrics(

@@ -10,7 +10,6 @@ import logging
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from detectron2.utils.logger import create_small_table
 from PIL import Image
 
 from ..data.segments import id_to_rgb
-from ..errors import UserError
+from ..errors import UserError, require_package
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class PanopticEvaluator(DatasetEvaluator):
         """
         self._metadata = MetadataCatalog.get(dataset_name)
         self._output_folder = output_folder
-        self._pq_compute = choose_pq_compute()
+        require_package("hotcoco", "fast")  # said now, not after the inference
         things = self._metadata.thing_dataset_id_to_contiguous_id
         stuff = self._metadata.stuff_dataset_id_to_contiguous_id
         self._things = {index: identity for identity, index in things.items()}
@@ -109,6 +108,8 @@ class PanopticEvaluator(DatasetEvaluator):
         for prediction in predictions:
             with open(os.path.join(pictures, prediction["file_name"]), "wb") as file:
                 file.write(prediction.pop("png"))
+        from hotcoco.panoptic import pq_compute
+
         truth = PathManager.get_local_path(self._metadata.panoptic_json)
         with open(truth, encoding="utf-8") as file:
             content = json.load(file)
@@ -116,23 +117,9 @@ class PanopticEvaluator(DatasetEvaluator):
         with open(found, "w", encoding="utf-8") as file:
             json.dump({**content, "annotations": predictions}, file)
         with contextlib.redirect_stdout(io.StringIO()):
-            return self._pq_compute(
+            return pq_compute(
                 truth,
                 found,
                 gt_folder=PathManager.get_local_path(self._metadata.panoptic_root),
                 pred_folder=pictures,
             )
-
-
-def choose_pq_compute() -> Callable[..., dict[str, Any]]:
-    """
-    Raises:
-        UserError: hotcoco is not installed.
-    """
-    try:
-        from hotcoco.panoptic import pq_compute
-    except ImportError as error:
-        raise UserError(
-            "Panoptic quality is computed by hotcoco, which is not installed: pip install hotcoco"
-        ) from error
-    return pq_compute

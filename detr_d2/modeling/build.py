@@ -1,21 +1,17 @@
-"""From config to parts: the only place that chooses by name."""
+"""From names to parts: the only place that chooses by name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from detectron2.config import CfgNode
-from detectron2.modeling import build_backbone
 from torch import nn
 
 from ..criterion import SetCriterion
-from ..data.classes import resolve_num_classes
-from ..errors import UserError
 from ..matcher import HungarianMatcher
 from .attention import ConditionalAttention, PlainAttention, SelfAttention, SeparateSelfAttention
-from .combinations import check_combination, uses_positions
+from .combinations import check_choice
 from .deformable import DeformableAttention
 from .denoising import ContrastiveDenoising, Denoising
 from .heads import (
@@ -25,10 +21,6 @@ from .heads import (
     SoftmaxClassification,
     VarifocalClassification,
 )
-from .mask_head import MaskHead
-from .neck import MultiScaleNeck, SingleScaleNeck
-from .panoptic import PanopticMerger
-from .position import LearnedPositionEmbedding, SinePositionEmbedding
 from .queries import AnchorQueries, LearnedQueries, PointQueries, TopKQueries
 from .query_position import (
     BoxQueryPosition,
@@ -36,7 +28,6 @@ from .query_position import (
     ModulatedQueryPosition,
     StaticQueryPosition,
 )
-from .recompute import recompute_backbone
 from .registry import CROSS_ATTENTION_REGISTRY, QUERIES_REGISTRY
 from .transformer import Decoder, DecoderLayer, Encoder, EncoderLayer, Transformer
 
@@ -49,188 +40,6 @@ QUERY_POSITIONS: dict[str, Callable[[int], nn.Module]] = {
 }
 SELF_ATTENTIONS = {"plain": SelfAttention, "separate": SeparateSelfAttention}
 ACTIVATIONS = {"relu": nn.ReLU, "prelu": nn.PReLU}
-
-
-def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
-    """The parts of `Detr` that a config describes, by the names of its arguments."""
-    detr = cfg.MODEL.DETR
-    check_combination(detr)
-    if detr.FROZEN_WEIGHTS and not cfg.MODEL.MASK_ON:
-        raise UserError(
-            "MODEL.DETR.FROZEN_WEIGHTS freezes the detector to train masks: set MODEL.MASK_ON "
-            "True, or give the weights as MODEL.WEIGHTS."
-        )
-    backbone = build_backbone(cfg)
-    recomputed = check_recomputed(cfg.MODEL.ACTIVATION_CHECKPOINTING)
-    if "backbone" in recomputed:
-        recompute_backbone(backbone)
-    neck = build_neck(cfg, backbone)
-    if not uses_positions(detr):  # processes would wait for their gradient
-        for name, parameter in neck.named_parameters():
-            if name.startswith(("position.", "level_embedding")):
-                parameter.requires_grad_(False)
-    criterion = build_criterion(
-        num_classes=resolve_num_classes(cfg),
-        classification=detr.CLASSIFICATION,
-        no_object_weight=detr.NO_OBJECT_WEIGHT,
-        focal_alpha=detr.FOCAL_ALPHA,
-        class_weight=detr.CLASS_WEIGHT,
-        class_cost=detr.CLASS_COST,
-        l1_weight=detr.L1_WEIGHT,
-        giou_weight=detr.GIOU_WEIGHT,
-        deep_supervision=detr.DEEP_SUPERVISION,
-        mask_weight=detr.MASK_WEIGHT,
-        dice_weight=detr.DICE_WEIGHT,
-    )
-    transformer = build_transformer(
-        num_logits=criterion.classification.num_logits,
-        num_queries=detr.NUM_OBJECT_QUERIES,
-        hidden_dim=detr.HIDDEN_DIM,
-        num_heads=detr.NHEADS,
-        dim_feedforward=detr.DIM_FEEDFORWARD,
-        num_encoder_layers=detr.ENC_LAYERS,
-        num_decoder_layers=detr.DEC_LAYERS,
-        dropout=detr.DROPOUT,
-        pre_norm=detr.PRE_NORM,
-        activation=detr.ACTIVATION,
-        num_levels=neck.num_levels,
-        num_points=detr.NUM_POINTS,
-        encoder_attention=detr.ENCODER_ATTENTION,
-        encoder_position_scale=detr.ENCODER_POSITION_SCALE,
-        recompute_encoder="encoder" in recomputed,
-        queries=detr.QUERIES,
-        query_content=detr.QUERY_CONTENT,
-        reference_layers=detr.REFERENCE_LAYERS,
-        class_agnostic_proposals=detr.CLASS_AGNOSTIC_PROPOSALS,
-        supervised_proposals=detr.SUPERVISED_PROPOSALS,
-        query_position=detr.QUERY_POSITION,
-        self_attention=detr.SELF_ATTENTION,
-        cross_attention=detr.CROSS_ATTENTION,
-        decoder_norm=detr.DECODER_NORM,
-        box_head=detr.BOX_HEAD,
-        reference_eps=detr.REFERENCE_EPS,
-        refinement=detr.REFINEMENT,
-        shared_heads=detr.SHARED_HEADS,
-        prior_probability=criterion.classification.prior_probability,
-        denoising=build_denoising(
-            method=detr.DENOISING.METHOD,
-            num_classes=criterion.classification.num_classes,
-            hidden_dim=detr.HIDDEN_DIM,
-            num_groups=detr.DENOISING.NUM_GROUPS,
-            num_queries=detr.DENOISING.NUM_QUERIES,
-            label_noise=detr.DENOISING.LABEL_NOISE,
-            box_noise=detr.DENOISING.BOX_NOISE,
-        ),
-    )
-    mask_head = build_mask_head(cfg, backbone, neck) if cfg.MODEL.MASK_ON else None
-    panoptic = None
-    if detr.PANOPTIC.ENABLED:
-        if mask_head is None:
-            raise UserError("MODEL.DETR.PANOPTIC needs MODEL.MASK_ON True.")
-        panoptic = PanopticMerger.from_datasets(
-            (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN),
-            score_threshold=detr.PANOPTIC.SCORE_THRESHOLD,
-            min_area=detr.PANOPTIC.MIN_AREA,
-        )
-    return {
-        "backbone": backbone,
-        "neck": neck,
-        "transformer": transformer,
-        "criterion": criterion,
-        "mask_head": mask_head,
-        "panoptic": panoptic,
-        "frozen_detector": bool(detr.FROZEN_WEIGHTS),
-    }
-
-
-def build_mask_head(cfg: CfgNode, backbone: nn.Module, neck: nn.Module) -> MaskHead:
-    """Mask head over the memory and the backbone's finer maps.
-
-    Raises:
-        UserError: the memory has several levels, or the backbone gives no finer map.
-    """
-    shapes, detr = backbone.output_shape(), cfg.MODEL.DETR
-    if detr.NECK != "single_scale":
-        raise UserError(
-            "MODEL.MASK_ON needs MODEL.DETR.NECK single_scale: the mask head enlarges attention "
-            "maps over one map of the image, not over several."
-        )
-    used = shapes[neck.in_feature]
-    # From coarse to fine. With dilation, the map before the used one is as fine as that.
-    finer = [
-        name
-        for name in reversed(list(shapes))
-        if name != neck.in_feature and shapes[name].stride <= used.stride
-    ]
-    if not finer:
-        raise UserError(
-            f"MODEL.MASK_ON needs backbone maps finer than {neck.in_feature}: add them to "
-            "MODEL.RESNETS.OUT_FEATURES (MODEL.TIMM.OUT_INDICES) and name "
-            f'MODEL.DETR.IN_FEATURES ["{neck.in_feature}"].'
-        )
-    channels = [shapes[name].channels for name in finer]
-    finest = shapes[finer[-1]].stride
-    stride = detr.MASK_STRIDE
-    if not 1 <= stride <= finest:
-        raise UserError(
-            f"MODEL.DETR.MASK_STRIDE is {stride}; it must be 1 to {finest}, the stride of the "
-            f"backbone's finest map ({finer[-1]})."
-        )
-    pixel_stride = stride if stride < finest else 0
-    around_boxes = detr.BOX_HEAD != "absolute"
-    sizes = detr.HIDDEN_DIM, detr.NHEADS
-    return MaskHead(
-        *sizes,
-        finer,
-        channels,
-        pixel_stride,
-        around_boxes,
-        detr.MASK_DIM,
-        image_channels=len(cfg.MODEL.PIXEL_MEAN),
-    )
-
-
-def check_recomputed(parts: Sequence[str]) -> Sequence[str]:
-    for part in parts:
-        if part not in ("backbone", "encoder"):
-            raise UserError(
-                f"MODEL.ACTIVATION_CHECKPOINTING names {part!r}; it may have backbone and encoder."
-            )
-    return parts
-
-
-def build_neck(cfg: CfgNode, backbone: nn.Module) -> nn.Module:
-    """Neck over the backbone maps that `MODEL.DETR.IN_FEATURES` names, by default the last."""
-    detr, shapes = cfg.MODEL.DETR, backbone.output_shape()
-    names = detr.IN_FEATURES or list(shapes)[-1:]
-    for name in names:
-        if name not in shapes:
-            raise UserError(
-                f"MODEL.DETR.IN_FEATURES names {name!r}, but the backbone "
-                f"{cfg.MODEL.BACKBONE.NAME} gives only {', '.join(shapes)}."
-            )
-    channels = [shapes[name].channels for name in names]
-    if detr.POSITION_EMBEDDING == "learned":
-        position: nn.Module = LearnedPositionEmbedding(detr.HIDDEN_DIM)
-    else:
-        position = SinePositionEmbedding(
-            detr.HIDDEN_DIM, detr.POSITION_TEMPERATURE, detr.POSITION_OFFSET
-        )
-    if detr.NECK == "multi_scale":
-        num_levels = detr.NUM_FEATURE_LEVELS or len(names)
-        if num_levels < len(names):
-            raise UserError(
-                f"MODEL.DETR.NUM_FEATURE_LEVELS is {num_levels}, but MODEL.DETR.IN_FEATURES has "
-                f"{len(names)} entries: each is a level."
-            )
-        return MultiScaleNeck(names, channels, detr.HIDDEN_DIM, num_levels, position)
-    if len(names) != 1 or detr.NUM_FEATURE_LEVELS > 1:
-        raise UserError(
-            f"MODEL.DETR.IN_FEATURES has {len(names)} entries ({', '.join(names)}) and "
-            f"MODEL.DETR.NUM_FEATURE_LEVELS is {detr.NUM_FEATURE_LEVELS}, but MODEL.DETR.NECK is "
-            'single_scale: name one map, or set NECK to "multi_scale".'
-        )
-    return SingleScaleNeck(names, channels[0], detr.HIDDEN_DIM, position)
 
 
 def build_transformer(
@@ -267,7 +76,24 @@ def build_transformer(
     denoising: nn.Module | None = None,
 ) -> Transformer:
     """Encoder, queries and decoder; the defaults are DETR's (appendix A.3). The arguments are the
-    keys of `MODEL.DETR` by their names, see config.py."""
+    keys of `MODEL.DETR` by their names, see config.py.
+
+    Raises:
+        UserError: a part that does not exist.
+    """
+    for key, name in {
+        "ACTIVATION": activation,
+        "ENCODER_ATTENTION": encoder_attention,
+        "QUERIES": queries,
+        "QUERY_CONTENT": query_content,
+        "SUPERVISED_PROPOSALS": supervised_proposals,
+        "QUERY_POSITION": query_position,
+        "SELF_ATTENTION": self_attention,
+        "CROSS_ATTENTION": cross_attention,
+        "BOX_HEAD": box_head,
+        "REFINEMENT": refinement,
+    }.items():
+        check_choice(key, name)
     attention: dict[str, Any] = {"hidden_dim": hidden_dim, "num_heads": num_heads}
     deformable: dict[str, Any] = {**attention, "num_levels": num_levels, "num_points": num_points}
     layer: dict[str, Any] = {
@@ -329,25 +155,26 @@ def build_transformer(
         query_position=QUERY_POSITIONS[query_position](hidden_dim),
         refinement=refinement,
     )
-    initialisers = {
-        "learned": lambda: LearnedQueries(num_queries, hidden_dim),
-        "point": lambda: PointQueries(
-            num_queries, hidden_dim, query_content == "learned", reference_layers
-        ),
-        "anchor": lambda: AnchorQueries(num_queries, hidden_dim, query_content == "learned"),
-        "top_k": lambda: TopKQueries(
-            num_queries,
-            hidden_dim,
-            head(),
-            query_content,
-            class_agnostic_proposals,
+    count: dict[str, int] = {"num_queries": num_queries, "hidden_dim": hidden_dim}
+    has_content = query_content == "learned"
+    if queries == "learned":
+        initialiser: nn.Module = LearnedQueries(**count)
+    elif queries == "point":
+        initialiser = PointQueries(
+            **count, learned_content=has_content, reference_layers=reference_layers
+        )
+    elif queries == "anchor":
+        initialiser = AnchorQueries(**count, learned_content=has_content)
+    elif queries == "top_k":
+        initialiser = TopKQueries(
+            **count,
+            head=head(),
+            content=query_content,
+            class_agnostic=class_agnostic_proposals,
             supervise_all=supervised_proposals == "all",
-        ),
-    }
-    if queries in initialisers:
-        initialiser = initialisers[queries]()
+        )
     else:
-        initialiser = QUERIES_REGISTRY.get(queries)(num_queries=num_queries, hidden_dim=hidden_dim)
+        initialiser = QUERIES_REGISTRY.get(queries)(**count)
     return Transformer(encoder, initialiser, decoder, denoising)
 
 
@@ -361,7 +188,12 @@ def build_denoising(
     label_noise: float = 0.2,
     box_noise: float = 0.4,
 ) -> nn.Module | None:
-    """DN-DETR's or DINO's denoising; None for "none"."""
+    """DN-DETR's or DINO's denoising; None for "none".
+
+    Raises:
+        UserError: no such method.
+    """
+    check_choice("DENOISING.METHOD", method)
     if method == "dn":
         return Denoising(num_classes, hidden_dim, num_groups, label_noise, box_noise)
     if method == "contrastive":
@@ -383,7 +215,12 @@ def build_criterion(
     mask_weight: float = 1.0,
     dice_weight: float = 1.0,
 ) -> SetCriterion:
-    """Criterion whose matching costs of boxes are its loss weights (DETR, section 3.1)."""
+    """Criterion whose matching costs of boxes are its loss weights (DETR, section 3.1).
+
+    Raises:
+        UserError: no such classification.
+    """
+    check_choice("CLASSIFICATION", classification)
     classes = {
         "softmax": lambda: SoftmaxClassification(num_classes, no_object_weight),
         "sigmoid": lambda: SigmoidClassification(num_classes, focal_alpha),

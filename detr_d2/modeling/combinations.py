@@ -52,15 +52,28 @@ def check_combination(detr: CfgNode) -> None:
     knows_rules = True
     for key, choices in CHOICES.items():
         value = detr.DENOISING.METHOD if key == "DENOISING.METHOD" else detr[key]
-        registered = [name for name, _ in REGISTRIES.get(key, ())]
-        if value in registered:
-            knows_rules = False
-        elif value not in choices:
-            known = ", ".join([*choices, *registered])
-            raise UserError(f"MODEL.DETR.{key} is {value!r}; it must be one of {known}.")
+        check_choice(key, value)
+        knows_rules &= value in choices
     for is_wrong, reason in _rules(detr) if knows_rules else ():
         if is_wrong:
             raise UserError("These parts do not go together. " + reason)
+
+
+def check_choice(key: str, value: str) -> None:
+    """
+    Args:
+        key: of `MODEL.DETR`.
+
+    Raises:
+        UserError: no part has that name.
+    """
+    known = [*CHOICES[key], *(name for name, _ in REGISTRIES.get(key, ()))]
+    if value not in known:
+        argument = key.rpartition(".")[2].lower()
+        raise UserError(
+            f"MODEL.DETR.{key} (in a LazyConfig: {argument}) is {value!r}; it must be one of "
+            f"{', '.join(known)}."
+        )
 
 
 def _rules(detr: CfgNode) -> list[tuple[bool, str]]:

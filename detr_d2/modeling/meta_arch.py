@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..box_ops import cxcywh_to_xyxy, xyxy_to_cxcywh
 from ..errors import UserError
 from ..structures import LayerOutput, Memory, Predictions, Target
-from .build import build_parts
+from .from_config import build_parts
 from .frozen_norm import fold_frozen_norms
 from .heads import PredictionHead
 from .mask_head import MaskSource
