@@ -45,6 +45,9 @@ PARAMETERS = {
     "COCO-PanopticSegmentation/detr_R_50.yaml": 42_899_288 - 117 * 257,
     "COCO-PanopticSegmentation/detr_R_50_DC5.yaml": 42_899_288 - 117 * 257,
     "COCO-PanopticSegmentation/detr_R_101.yaml": 61_839_192 - 117 * 257,
+    "COCO-PanopticSegmentation/detr_R_50_boxes.yaml": 41_524_768 + 42 * 257,
+    "COCO-PanopticSegmentation/detr_R_50_DC5_boxes.yaml": 41_524_768 + 42 * 257,
+    "COCO-PanopticSegmentation/detr_R_101_boxes.yaml": 60_464_672 + 42 * 257,
     "DigitScenes/fast_small_masks.yaml": 3_884_061,
     "DigitScenes/fast_small_panoptic.yaml": 3_879_681,
     "DigitScenes/detr_tiny.yaml": 2_141_999,
@@ -96,6 +99,9 @@ RECIPES = {
     "dino_5scale": (16, 1e-4, 900, 300, 0.0),
 }
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("*/*.yaml"))
+PANOPTIC = [
+    name for name in FILES if name.startswith("COCO-Pan") and not name.endswith("_boxes.yaml")
+]
 
 
 def load(name: str):
@@ -133,7 +139,7 @@ def test_panoptic_parameters_with_the_published_classes():
     assert count(model.parameters()) == 42_899_288
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n.startswith("COCO-Panoptic")])
+@pytest.mark.parametrize("name", PANOPTIC)
 def test_panoptic_configs_say_what_is_published(name):
     first = (CONFIGS / name).read_text().splitlines()[0]
     published = {
@@ -197,6 +203,8 @@ def test_recipes(name):
     batch, learning_rate, queries, detections, dropout = RECIPES[
         variant.split("_r")[0].split("_t")[0]
     ]
+    if variant == "conditional_detr" and "_DC5_" in name:
+        batch = 8
     drop = {500: 400, 50: 40, 12: 11, 24: 20, 36: 30}[int(epochs)]
     schedule = (solver.EPOCHS, solver.STEP_EPOCHS, solver.IMS_PER_BATCH, solver.BASE_LR)
     assert schedule == (int(epochs), [drop], batch, learning_rate)
@@ -210,6 +218,31 @@ def test_recipes(name):
     assert model == (queries, detections, dropout)
     crop = (cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.TYPE, tuple(cfg.INPUT.CROP.SIZE))
     assert crop == (True, "absolute_range", (384, 600))
+
+
+@pytest.mark.parametrize("name", PANOPTIC)
+def test_panoptic_recipes_have_two_stages(name):
+    """Boxes for 300 epochs, then masks for 25 on what they left
+    (https://github.com/facebookresearch/detr#coco-panoptic-segmentation)."""
+    masks, boxes = load(name), load(name.replace(".yaml", "_boxes.yaml"))
+    assert f"{boxes.OUTPUT_DIR}/model_final.pth" == masks.MODEL.DETR.FROZEN_WEIGHTS
+    for cfg, schedule in ((boxes, (300, [200])), (masks, (25, [15]))):
+        assert schedule == (cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS)
+        assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 1e-4)
+        assert cfg.MODEL.BACKBONE.NAME == masks.MODEL.BACKBONE.NAME
+        assert cfg.MODEL.RESNETS.DEPTH == masks.MODEL.RESNETS.DEPTH
+        assert cfg.DATASETS.TRAIN == ("coco_2017_train_panoptic",)
+    assert masks.MODEL.MASK_ON and not boxes.MODEL.MASK_ON
+
+
+def test_denoising_of_the_papers():
+    """Of the training scripts of DN-DETR and DINO."""
+    dn = load("COCO-Detection/dn_detr_R_50_50ep.yaml").MODEL.DETR.DENOISING
+    assert (dn.METHOD, dn.NUM_GROUPS, dn.LABEL_NOISE, dn.BOX_NOISE) == ("dn", 5, 0.2, 0.4)
+    for name in ("4scale_R_50_12ep", "4scale_R_50_24ep", "4scale_R_50_36ep", "5scale_R_50_12ep"):
+        dino = load(f"COCO-Detection/dino_{name}.yaml").MODEL.DETR.DENOISING
+        assert (dino.METHOD, dino.NUM_QUERIES) == ("contrastive", 100)
+        assert (dino.LABEL_NOISE, dino.BOX_NOISE) == (0.5, 1.0)
 
 
 def flatten(node: dict, prefix: str = "") -> dict:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from detr_d2.modeling.heads import MLP
 from detr_d2.modeling.neck import padding_mask
 from detr_d2.structures import Memory
 
@@ -149,3 +150,30 @@ def test_two_images_are_learnt_by_heart(variant):
         optimizer.step()
     print(variant, history[0], history[-1])
     assert history[-1] < 0.35 * history[0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "parts"),
+    [
+        ("conditional_tiny", {"query_position.scale", "queries.reference_head"}),
+        ("dab_tiny", {"query_position.scale", "query_position.box_mlp", "query_position.size_mlp"}),
+        ("dino_tiny", {"query_position.box_mlp"}),
+    ],
+)
+def test_initial_weights_are_the_official_ones(variant, parts):
+    """Whose reset reaches all in the transformer, by Xavier's bound (6 / (in + out)) ** 0.5;
+    prediction heads keep PyTorch's, in ** -0.5."""
+    transformer = build_model(tiny_cfg(config=variant)).transformer
+    modules = {name.removeprefix("decoder."): m for name, m in transformer.named_modules()}
+    mlps = {name for name, module in modules.items() if isinstance(module, MLP)}
+    assert parts <= mlps
+    for name in mlps:
+        for layer in modules[name].layers:
+            bound = layer.in_features**-0.5
+            if not name.endswith("box_head"):
+                bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+            largest = layer.weight.abs().max().item()
+            if name.endswith("box_head") and layer is modules[name].layers[-1]:
+                assert largest == 0  # an offset of nothing
+            else:
+                assert 0.95 * bound < largest <= bound, name

@@ -43,11 +43,13 @@ def test_same_model_and_recipe(name):
     assert python.optimizer.params.lr_factor_func.backbone == yaml.SOLVER.BACKBONE_MULTIPLIER
     assert python.train.max_gradient_norm == yaml.SOLVER.CLIP_GRADIENTS.CLIP_VALUE
     assert python.dataloader.train.total_batch_size == yaml.SOLVER.IMS_PER_BATCH
-    assert python.train.init_checkpoint == yaml.MODEL.WEIGHTS
+    frozen = yaml.MODEL.DETR.FROZEN_WEIGHTS
+    assert python.train.init_checkpoint == (frozen or yaml.MODEL.WEIGHTS)
+    assert from_yaml.frozen_detector == from_python.frozen_detector == bool(frozen)
     if yaml.SOLVER.EPOCHS:
-        iterations = round(yaml.SOLVER.EPOCHS * 118287 / 64)
+        iterations = round(yaml.SOLVER.EPOCHS * 118287 / yaml.SOLVER.IMS_PER_BATCH)
         assert python.train.max_iter == pytest.approx(iterations, abs=2)
-        drop = round(yaml.SOLVER.STEP_EPOCHS[0] * 118287 / 64)
+        drop = round(yaml.SOLVER.STEP_EPOCHS[0] * 118287 / yaml.SOLVER.IMS_PER_BATCH)
         assert python.lr_multiplier.scheduler.milestones[0] == drop
     else:
         assert python.train.max_iter == yaml.SOLVER.MAX_ITER
@@ -151,6 +153,7 @@ def test_masks_and_panoptic_quality(few_digits, tmp_path):
     assert metrics["loss_mask"] > 0 and metrics["loss_dice"] > 0
     saved = torch.load(tmp_path / "model_final.pth")["model"]
     assert any(name.startswith("mask_head.") for name in saved)
+    assert "loss_ce" not in metrics  # the detector is frozen
 
 
 def test_panoptic_parts_must_be_there():

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Instances, PolygonMasks
+from PIL import Image
 from torch import nn
 
 from detr_d2 import get_detr_cfg
@@ -487,6 +488,19 @@ def test_merging_by_hand():
     assert (segments[:, 0] == info[0]["id"]).all()
     for segment in info:
         assert (segments == segment["id"]).sum() == segment["area"]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (80, 107), (96, 33), (13, 200)])
+def test_decisions_are_resized_as_by_pillow(size):
+    """Which the original does; in PyTorch's "nearest" they would move by half a pixel."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 40, 53, generator=generator)
+    merger = PanopticMerger(range(6), min_area=0)
+    segments, info = merger(logits, torch.ones(6), torch.arange(6), size)
+    picture = Image.fromarray(logits.argmax(0).numpy().astype(np.uint8))
+    expected = np.asarray(picture.resize(size[::-1], Image.Resampling.NEAREST))
+    classes = torch.tensor([0, *(s["category_id"] for s in info)])
+    assert (classes[segments.long()].numpy() == expected).all()
 
 
 def test_nothing_is_found():

@@ -1,5 +1,6 @@
 # PQ 43.4, box AP 38.8, mask AP 31.1 on COCO val2017 (https://github.com/facebookresearch/detr#model-zoo)
-# The model and recipe of detr_R_50.yaml as a LazyConfig.
+# The model and recipe of detr_R_50.yaml as a LazyConfig: masks on the frozen detector that
+# detr_R_50_boxes.yaml trains. All at once: model.frozen_detector=False and other weights.
 from detectron2.config import LazyCall as L
 
 from detr_d2.modeling.mask_head import MaskHead
@@ -16,6 +17,7 @@ model.mask_head = L(MaskHead)(
     in_features=["res4", "res3", "res2"],
     in_channels=[1024, 512, 256],
 )
+model.frozen_detector = True
 model.panoptic = L(PanopticMerger.from_datasets)(names=["coco_2017_val_panoptic"])
 
 dataloader.train.dataset.names = ["coco_2017_train_panoptic"]
@@ -28,7 +30,12 @@ dataloader.evaluator.update(
     panoptic=True,
 )
 
-# 25 epochs of 118,287 images, 64 at a time; the learning rate drops after 15.
-lr_multiplier.scheduler.milestones = [27724, 46206]
+# 25 epochs of 118,287 images, 16 at a time; the learning rate drops after 15.
+dataloader.train.total_batch_size = 16
+lr_multiplier.scheduler.milestones = [110894, 184823]
 
-train.update(max_iter=46206, eval_period=9241)
+train.update(
+    init_checkpoint="./output/panoptic_boxes_R_50/model_final.pth",
+    max_iter=184823,
+    eval_period=36965,
+)

@@ -180,6 +180,7 @@ class SeparateSelfAttention(nn.Module):
         self.position_k_proj = _linear(hidden_dim)
         self.v_proj = _linear(hidden_dim)
         self.out_proj = _linear(hidden_dim)
+        nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, content: Tensor, position: Tensor, allowed: Tensor | None = None) -> Tensor:
         """(B, Q, C), (B, Q, C), mask broadcasting to (B, heads, Q, Q) -> (B, Q, C)."""
@@ -222,6 +223,7 @@ class ConditionalAttention(nn.Module):
         self.spatial_q_proj = _linear(hidden_dim)
         self.v_proj = _linear(hidden_dim)
         self.out_proj = _linear(hidden_dim)
+        nn.init.zeros_(self.out_proj.bias)
 
     def forward(
         self,

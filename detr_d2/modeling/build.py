@@ -135,7 +135,7 @@ def build_transformer(
         ],
         norm=nn.LayerNorm(hidden_dim) if pre_norm else None,
         position_scale=(
-            MLP(hidden_dim, hidden_dim, hidden_dim, num_layers=2)
+            MLP(hidden_dim, hidden_dim, hidden_dim, num_layers=2, xavier=True)
             if encoder_position_scale
             else None
         ),

@@ -204,13 +204,27 @@ class VarifocalClassification(SigmoidClassification):
 class MLP(nn.Module):
     """Linear layers with ReLU between them."""
 
-    def __init__(self, in_features: int, hidden_features: int, out_features: int, num_layers: int):
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int,
+        num_layers: int,
+        xavier: bool = False,
+    ):
+        """
+        Args:
+            xavier: initialise the weights as all in the official transformers are; prediction
+                heads, which stand outside of them, are not.
+        """
         super().__init__()
         widths = [in_features] + [hidden_features] * (num_layers - 1) + [out_features]
         self.layers = nn.ModuleList(
             nn.Linear(width, next_width)
             for width, next_width in zip(widths[:-1], widths[1:], strict=True)
         )
+        for layer in self.layers if xavier else ():
+            nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

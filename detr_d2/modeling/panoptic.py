@@ -76,10 +76,13 @@ class PanopticMerger:
             (0 where there is none), and for each id a dictionary of "id", "isthing",
             "category_id", "score" and "area".
         """
-        # The original decides at the size that the model saw, and enlarges the decision.
+        # The original decides at the size that the model saw, and resizes the decision, between
+        # centres of pixels, as Pillow does; "nearest" would do so between their corners.
         while len(logits):
             winners = self._merge_stuff(logits.argmax(0), classes)
-            winners = F.interpolate(winners[None, None].float(), size=tuple(size))[0, 0].long()
+            winners = F.interpolate(
+                winners[None, None].float(), size=tuple(size), mode="nearest-exact"
+            )[0, 0].long()
             areas = torch.bincount(winners.flatten(), minlength=len(logits))
             tiny = areas <= self.min_area
             if not tiny.any():
@@ -91,9 +94,9 @@ class PanopticMerger:
         """(H, W) indices of queries; those of one stuff class become the first of them."""
         first: dict[int, int] = {}
         target = list(range(len(classes)))
-        for index, name in enumerate(classes.tolist()):
-            if name not in self.thing_classes:
-                target[index] = first.setdefault(name, index)
+        for index, class_id in enumerate(classes.tolist()):
+            if class_id not in self.thing_classes:
+                target[index] = first.setdefault(class_id, index)
         return torch.tensor(target, device=winners.device)[winners]
 
     def _segments(
@@ -102,12 +105,12 @@ class PanopticMerger:
         info = [
             {
                 "id": index + 1,
-                "isthing": name in self.thing_classes,
-                "category_id": name,
+                "isthing": class_id in self.thing_classes,
+                "category_id": class_id,
                 "score": score,
                 "area": area,
             }
-            for index, (name, score, area) in enumerate(
+            for index, (class_id, score, area) in enumerate(
                 zip(classes.tolist(), scores.tolist(), areas.tolist(), strict=True)
             )
         ]

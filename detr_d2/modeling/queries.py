@@ -22,7 +22,6 @@ class LearnedQueries(nn.Module):
 
     def __init__(self, num_queries: int, hidden_dim: int):
         super().__init__()
-        self.num_queries = num_queries
         self.position = nn.Embedding(num_queries, hidden_dim)
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals | None]:
@@ -45,13 +44,11 @@ class PointQueries(nn.Module):
                 Conditional DETR.
         """
         super().__init__()
-        self.num_queries = num_queries
         self.position = nn.Embedding(num_queries, hidden_dim)
         self.content = nn.Embedding(num_queries, hidden_dim) if learned_content else None
-        self.reference_head = MLP(hidden_dim, hidden_dim, 2, reference_layers)
-        for layer in self.reference_head.layers:
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.reference_head = MLP(hidden_dim, hidden_dim, 2, reference_layers, xavier=True)
+        if reference_layers == 1:
+            nn.init.zeros_(self.reference_head.layers[0].bias)
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals | None]:
         """See the head of this file; references are points (B, Q, 2)."""
@@ -70,7 +67,6 @@ class AnchorQueries(nn.Module):
 
     def __init__(self, num_queries: int, hidden_dim: int, learned_content: bool):
         super().__init__()
-        self.num_queries = num_queries
         self.hidden_dim = hidden_dim
         self.anchors = nn.Embedding(num_queries, 4)
         self.content = nn.Embedding(num_queries, hidden_dim) if learned_content else None

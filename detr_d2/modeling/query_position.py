@@ -38,7 +38,7 @@ class ConditionalQueryPosition(nn.Module):
     def __init__(self, hidden_dim: int):
         super().__init__()
         self.channels = hidden_dim // 2
-        self.scale = MLP(hidden_dim, hidden_dim, hidden_dim, num_layers=2)
+        self.scale = MLP(hidden_dim, hidden_dim, hidden_dim, num_layers=2, xavier=True)
 
     def forward(
         self,
@@ -62,9 +62,9 @@ class ModulatedQueryPosition(nn.Module):
     def __init__(self, hidden_dim: int):
         super().__init__()
         self.channels = hidden_dim // 2
-        self.scale = MLP(hidden_dim, hidden_dim, hidden_dim, num_layers=2)
-        self.box_mlp = MLP(2 * hidden_dim, hidden_dim, hidden_dim, num_layers=2)
-        self.size_mlp = MLP(hidden_dim, hidden_dim, 2, num_layers=2)
+        self.scale = MLP(hidden_dim, hidden_dim, hidden_dim, num_layers=2, xavier=True)
+        self.box_mlp = MLP(2 * hidden_dim, hidden_dim, hidden_dim, num_layers=2, xavier=True)
+        self.size_mlp = MLP(hidden_dim, hidden_dim, 2, num_layers=2, xavier=True)
 
     def forward(
         self,
@@ -102,7 +102,7 @@ class BoxQueryPosition(nn.Module):
         super().__init__()
         self.channels = hidden_dim // 2
         self.relative_to_padding = relative_to_padding
-        self.box_mlp = MLP(2 * hidden_dim, hidden_dim, hidden_dim, num_layers=2)
+        self.box_mlp = MLP(2 * hidden_dim, hidden_dim, hidden_dim, num_layers=2, xavier=True)
 
     def forward(
         self,
