@@ -87,6 +87,25 @@ def test_whole_modules_are_pickled_and_copied(name, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["basic", "timm resnet"])
+def test_weights_are_there_to_be_changed(name):
+    """A product in their place would take changes and lose them."""
+    plain = make(name)
+    folded = copy.deepcopy(plain)
+    fold_frozen_norms(folded)
+    convolution = next(m for m in folded.modules() if isinstance(m, nn.Conv2d))
+    assert convolution.weight is next(p for p in folded.parameters() if p.ndim == 4)
+    assert convolution.bias is None
+    for backbone in (plain, folded):
+        convolution = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+        with torch.no_grad():
+            convolution.weight.mul_(2)
+    image = torch.randn(1, 3, 64, 96)
+    for level, expected in plain(image).items():
+        torch.testing.assert_close(folded(image)[level], expected, rtol=1e-4, atol=1e-4)
+    assert fold_frozen_norms(folded) == 0  # once is enough
+
+
 def test_unfolding_brings_back_what_was():
     backbone = make("timm efficientnet")
     types = [type(m) for m in backbone.modules()]

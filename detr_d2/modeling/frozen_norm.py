@@ -26,26 +26,33 @@ class _Mixed:
 
 
 class _Folding(_Mixed):
-    """Makes a convolution of any class compute with scaled weights.
+    """Makes a convolution of any class compute with scaled weights: while its own forward runs,
+    whatever that is, `weight` and `bias` are the scaled ones, and the parameters otherwise."""
 
-    Instances keep their parameters; whoever asks for `weight` or `bias` gets the scaled ones.
-    """
+    is_computing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.is_computing = True
+        try:
+            return super().forward(x)
+        finally:
+            self.is_computing = False
 
     @property
     def weight(self) -> Tensor:
+        weight = self._parameters["weight"]
+        if not self.is_computing:
+            return weight
         scale, _ = scale_and_shift(self.__dict__["_frozen_norm"])
-        return self._parameters["weight"] * scale[:, None, None, None]
+        return weight * scale[:, None, None, None]
 
     @property
-    def bias(self) -> Tensor:
-        scale, shift = scale_and_shift(self.__dict__["_frozen_norm"])
+    def bias(self) -> Tensor | None:
         bias = self._parameters["bias"]
+        if not self.is_computing:
+            return bias
+        scale, shift = scale_and_shift(self.__dict__["_frozen_norm"])
         return shift if bias is None else shift + bias * scale
-
-    @property
-    def norm(self) -> None:
-        """detectron2's convolutions would apply it."""
-        return None
 
 
 class _Folded(_Mixed):
@@ -70,15 +77,21 @@ def fold_frozen_norms(module: nn.Module, image_channels: int = 3) -> int:
         (convolution, convolution.norm)
         for convolution in module.modules()
         if isinstance(convolution, nn.Conv2d)
+        and not isinstance(convolution, _Folding)
         and isinstance(getattr(convolution, "norm", None), FrozenBatchNorm2d)
     ]
     # Also of deformable convolutions, which apply it themselves, and cannot run on a CPU.
     filters = [m for m in module.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 4]
     held = {id(getattr(m, "norm", None)) for m in filters}
+    held |= {id(m.__dict__.get("_frozen_norm")) for m in module.modules()}  # folded already
     if any(_is_frozen_norm(m) and id(m) not in held for m in module.modules()):
         parameter = next(module.parameters())
         example = parameter.new_zeros(1, image_channels, 64, 64)
-        pairs += [pair for pair in following_norms(module, example) if _is_frozen_norm(pair[1])]
+        pairs += [
+            (convolution, norm)
+            for convolution, norm in following_norms(module, example)
+            if _is_frozen_norm(norm) and id(norm) not in held
+        ]
     for convolution, norm in pairs:
         convolution.__dict__["_frozen_norm"] = norm
         convolution.__class__ = _mixed(_Folding, type(convolution))
