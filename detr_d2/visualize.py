@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def draw_comparison(
     width = max(row.shape[1] for row in rows)
     rows = [_pad(row, width) for row in rows]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.vstack(rows)).save(path)
+    with refusing_unknown_endings(path):
+        Image.fromarray(np.vstack(rows)).save(path)
     return sum(count for _, count in drawn)
 
 
@@ -135,7 +137,8 @@ def draw_curves(metrics_file: str | Path, path: str | Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with refusing_unknown_endings(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -149,7 +152,8 @@ def draw_designs(results: Sequence[Result], path: str | Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with refusing_unknown_endings(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -162,3 +166,15 @@ def _pad(image: np.ndarray, width: int) -> np.ndarray:
     """White on the right up to `width`, and a white line below."""
     missing = ((0, 16), (0, width - image.shape[1]), (0, 0))
     return np.pad(image, missing, constant_values=255)
+
+
+@contextmanager
+def refusing_unknown_endings(path: str | Path) -> Iterator[None]:
+    """
+    Raises:
+        UserError: the ending of `path` is none of a picture.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{path} cannot be written, {error}: let it end in .png.") from error

@@ -148,7 +148,11 @@ def test_masks_are_compared_by_masks(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("lack", ["no key", "empty", "flat", "another size"])
+@pytest.mark.parametrize(
+    "lack",
+    ["no key", "empty", "flat", "another size", "NaN", "texts"]
+    + ["broken runs", "negative runs", "too few runs", "runs of texts"],
+)
 def test_objects_without_a_mask_are_ignored(backend, lack, caplog):
     """Two objects; the second, and what is found in its box, must not count: AP of one found."""
     square = [[0, 0, 10, 0, 10, 10, 0, 10]]
@@ -157,6 +161,14 @@ def test_objects_without_a_mask_are_ignored(backend, lack, caplog):
         {"image_id": 1, "category_id": 7, "bbox": [50, 50, 10, 10]},
     ]
     useless = {"empty": [], "flat": square[0], "another size": {"size": [9, 9], "counts": "Q3"}}
+    useless |= {
+        "NaN": [[math.nan] * 6],
+        "texts": [["1"] * 6],
+        "broken runs": {"size": [100, 100], "counts": "abc"},
+        "negative runs": {"size": [100, 100], "counts": [-5, 10005]},
+        "too few runs": {"size": [100, 100], "counts": [3, 4]},
+        "runs of texts": {"size": [100, 100], "counts": ["a", 3]},
+    }
     if lack in useless:
         annotations[1]["segmentation"] = useless[lack]
     ground_truth = {
@@ -204,6 +216,18 @@ def test_average_precision_derived_by_hand(backend):
     per_class = metrics.per_class()
     assert per_class["cat"] == pytest.approx({"AP": ap50 * 3 / 10, "AP50": ap50})
     assert math.isnan(per_class["dog"]["AP"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("area", [-5.0, math.nan, None])
+def test_areas_that_are_none_are_the_boxes(backend, area):
+    """COCO's metrics would leave an object of a negative area out of all of them."""
+    ground_truth, detections = random_data(0, num_images=6)
+    expected = compute_coco_metrics(ground_truth, detections, backend=backend).summary()["AP"]
+    for annotation in ground_truth["annotations"]:
+        annotation["area"] = area
+    result = compute_coco_metrics(ground_truth, detections, backend=backend).summary()
+    assert result["AP"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -536,6 +560,19 @@ def test_config_gives_the_folder_and_no_limit(tmp_path, caplog):
     )
     assert results["bbox"]["AP"] != more["bbox"]["AP"]
     assert "published COCO figures use 100" in caplog.text
+
+
+def test_several_data_sets_have_folders_of_their_own(tmp_path):
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    names = []
+    for seed in range(2):
+        (tmp_path / str(seed)).mkdir()
+        names.append(register(random_data(seed)[0], tmp_path / str(seed)))
+    cfg.DATASETS.TEST = tuple(names)
+    for seed, name in enumerate(names):
+        run(build_evaluator(cfg, name), as_batches(*random_data(seed)))
+        assert (tmp_path / "output" / "inference" / name / "per_class_ap.json").is_file()
 
 
 def test_evaluators_that_cannot_be_built(tmp_path):

@@ -19,6 +19,7 @@ from detr_d2.data.dataset_mapper import DetrDatasetMapper, build_augmentation
 from detr_d2.data.loader import (
     ResumableBatchSampler,
     SeededDataset,
+    build_test_dicts,
     build_test_loader,
     build_train_loader,
     build_training_dicts,
@@ -28,7 +29,7 @@ from detr_d2.data.loader import (
 )
 from detr_d2.errors import UserError
 
-from .training import fake_rank, registered_rectangles, training_cfg
+from .training import fake_rank, registered_rectangles, training_cfg, unregistering
 
 
 @pytest.fixture(scope="module")
@@ -347,3 +348,15 @@ def test_more_objects_than_queries(caplog):
     assert record.levelno == logging.WARNING
     assert "2 of 3 images have more objects (up to 9)" in record.getMessage()
     assert "NUM_OBJECT_QUERIES, now 3" in record.getMessage()
+
+
+def test_objects_that_cannot_be_found_are_named_before_an_evaluation(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+    boxes = [[0, 0, 0, 0], [50, 50, 9, 9], [1, 1, 4, 4]]
+    at = [{"bbox": b, "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0} for b in boxes]
+    image = {"file_name": "a.jpg", "image_id": 0, "width": 20, "height": 20, "annotations": at}
+    with unregistering():
+        DatasetCatalog.register("with_faults", lambda: [image])
+        assert build_test_dicts("with_faults") == [image]
+    assert "2 faulty annotations in data set 'with_faults'" in caplog.text
+    assert "a.jpg: annotation number 1 of this image: box [50, 50, 9, 9] lies out" in caplog.text

@@ -14,6 +14,7 @@ from detr_d2.checkpoint.convert import convert_checkpoint
 from detr_d2.checkpoint.write import write_checkpoint
 from detr_d2.engine import DetrPredictor
 from detr_d2.engine.main import evaluate
+from detr_d2.engine.predictor import check_image
 from detr_d2.errors import UserError
 
 from .helpers import tiny_cfg
@@ -208,3 +209,24 @@ def test_device_is_the_cpu_where_there_is_no_gpu(cfg, image, monkeypatch):
     cuda = cfg.clone()
     cuda.MODEL.DEVICE = "cuda"
     assert_same(DetrPredictor(cuda)(image), DetrPredictor(cfg)(image))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (None, "is None: OpenCV could not read"),
+        (np.zeros((8, 8), np.uint8), r"is uint8 of shape \(8, 8\), it must be"),
+        (np.zeros((8, 8, 4), np.uint8), r"shape \(8, 8, 4\)"),
+        (np.zeros((8, 8, 3), np.float32), "is float32"),
+        (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\)"),
+        ([[1, 2, 3]], "is list"),
+    ],
+)
+def test_what_is_no_image_is_refused(image, message):
+    with pytest.raises(UserError, match=message):
+        check_image(image)
+
+
+def test_grey_images_have_one_channel():
+    check_image(np.zeros((8, 8, 1), np.uint8), channels=1)
+    check_image(np.zeros((8, 8, 3), np.uint8))

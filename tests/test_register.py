@@ -3,6 +3,8 @@
 import copy
 import json
 import logging
+import os
+import re
 from types import SimpleNamespace
 from uuid import uuid4
 
@@ -66,7 +68,8 @@ def files(tmp_path):
 
     def write(content=SOUND):
         path = tmp_path / f"{uuid4().hex}.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        text = content if isinstance(content, str) else json.dumps(content)
+        path.write_text(text, encoding="utf-8")
         return str(path)
 
     return SimpleNamespace(write=write, images=str(images), name=f"set_{uuid4().hex}")
@@ -280,7 +283,14 @@ FAULTS = {
     "category id as text": (set_in("categories", 0, id="20"), "'dog' has the id '20'"),
     "no class name": (set_in("categories", 0, name=None), "category 20 has no name"),
     "repeated image id": (set_in("images", 0, id=3), "image id 3 is used more than once"),
-    "no image id": (set_in("images", 0, id=None), "number 0 of 'images' has no usable id"),
+    "no image id": (set_in("images", 0, id=None), "number 0 of 'images' has the id None"),
+    "mixed image ids": (
+        lambda c: [c["images"][0].update(id="5"), c["annotations"][1].update(image_id="5")],
+        "some are texts, such as '5'",
+    ),
+    "image id as text": (set_in("annotations", 1, image_id="5"), "'5' .*without quotation marks"),
+    "crowd as text": (set_in("annotations", 0, iscrowd="0"), "9 has the iscrowd '0', .* 0 or 1"),
+    "area as text": (set_in("annotations", 0, area="1"), "9 has the area '1', it must be a number"),
     "no file name": (set_in("images", 0, file_name=None), "image 5 has no file_name"),
     "no width": (set_in("images", 0, width=None), r"image 5 \(a.png\) has the width None"),
     "zero height": (set_in("images", 1, height=0), r"image 3 \(sub/b.png\) has the height 0"),
@@ -344,6 +354,35 @@ def test_missing_images(files, tmp_path, caplog):
 
     with pytest.raises(DatasetError, match="2 of 2 images"):  # certainly the wrong folder
         register_coco_dataset("other", json_file, str(tmp_path), allow_missing_images=True)
+
+
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [
+        ("https://host/{}", "It is a URL: download the images"),
+        ("images/{}", "It is there as {}: write that"),
+        ("/data/upload/3/{}", "It is there as {}: write that"),
+        ("C:\\photos\\{}", "It is there as {}: write that"),
+    ],
+)
+def test_paths_as_labelling_tools_write_them(files, written, advice):
+    name = SOUND["images"][0]["file_name"]
+    content = changed(lambda c: c["images"][0].update(file_name=written.format(name)))
+    with pytest.raises(DatasetError, match=re.escape(advice.format(name))):
+        register_coco_dataset(files.name, files.write(content), files.images)
+
+
+def test_backslashes_are_named(files):
+    content = changed(set_in("images", 1, file_name="sub\\b.png"))
+    if os.sep == "/":
+        with pytest.raises(DatasetError, match="with slashes in place of backslashes"):
+            register_coco_dataset(files.name, files.write(content), files.images)
+
+
+def test_files_may_begin_with_a_byte_order_mark(files):
+    path = files.write("\ufeff" + json.dumps(SOUND))
+    register_coco_dataset(files.name, path, files.images)
+    assert len(DatasetCatalog.get(files.name)) == len(SOUND["images"])
 
 
 def test_only_some_images_of_a_large_data_set_are_looked_for(files, monkeypatch):

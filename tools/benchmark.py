@@ -6,12 +6,11 @@ python tools/benchmark.py --quick --json output/benchmark.json --picture output/
 """
 
 import argparse
-import sys
 
 from detr_d2.benchmark.jobs import JOBS, WITHOUT_PICTURE
 from detr_d2.benchmark.report import draw, machine, print_section, write_json
 from detr_d2.benchmark.timing import measure_ceilings
-from detr_d2.errors import UserError
+from detr_d2.engine.launch import user_errors
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -38,7 +37,7 @@ if __name__ == "__main__":
     for name, value in ceilings.items():
         print(f"- {name}: {value:.0f}" + ("" if "GB" in name else " GFLOP/s"), flush=True)
     sections = []
-    try:
+    with user_errors():
         for job in args.jobs or JOBS:
             for section in JOBS[job](rounds, args.quick):
                 print_section(section, ceilings)
@@ -47,5 +46,3 @@ if __name__ == "__main__":
             write_json(args.json, sections, ceilings)
         if args.picture:
             draw(args.picture, sections)
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -7,11 +7,10 @@ Trainings of as many minutes that are in the output folder already are not run a
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from detr_d2.engine.compare import compare, table
-from detr_d2.errors import UserError
+from detr_d2.engine.launch import user_errors
 from detr_d2.visualize import draw_designs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,12 +25,10 @@ if __name__ == "__main__":
     parser.add_argument("--picture", help="where to write the plot")
     args = parser.parse_args()
     configs = args.configs or sorted(map(str, ROOT.glob("configs/DigitScenes/*_tiny.yaml")))
-    try:
+    with user_errors():
         results = compare(
             str(ROOT / "tools" / "train_net.py"), configs, Path(args.output), args.minutes
         )
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(table(results))
-    if args.picture:
-        draw_designs(results, args.picture)
+        print(table(results))
+        if args.picture:
+            draw_designs(results, args.picture)

@@ -9,7 +9,7 @@ import argparse
 from detectron2.utils.logger import setup_logger
 
 from detr_d2.checkpoint import WRITABLE, convert_checkpoint
-from detr_d2.errors import UserError
+from detr_d2.engine.launch import user_errors
 
 
 def main() -> None:
@@ -22,10 +22,8 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="matrices as float16, for small files")
     arguments = parser.parse_args()
     setup_logger(name="detr_d2")
-    try:
+    with user_errors():
         convert_checkpoint(arguments.input, arguments.output, arguments.to, arguments.half)
-    except UserError as error:
-        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@
 """
 
 import argparse
-import sys
 
-from detr_d2.engine.launch import one_line
+from detr_d2.engine.launch import user_errors
 from detr_d2.engine.main import export
-from detr_d2.errors import UserError
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -24,7 +22,5 @@ if __name__ == "__main__":
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
     args = parser.parse_args()
-    try:
+    with user_errors():
         export(args.config_file, args.output, args.opts)
-    except UserError as error:
-        sys.exit(f"error: {one_line(error)}")

@@ -66,6 +66,7 @@ dataloader = dict(
                 crop=("absolute_range", (384, 600)),
             ),
         ),
+        seed="${train.seed}",
         total_batch_size=64,
         accumulation_steps=1,
         num_workers=4,

@@ -10,9 +10,12 @@ Shapes: N annotations. Boxes are in pixels of the original image.
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
 
 from ..errors import UserError
@@ -139,6 +142,16 @@ def refuse_xyxy_given_as_xywh(dataset_dicts: list[dict], dataset_name: str = "")
         )
 
 
+def report_faulty_annotations(dataset_dicts: list[dict], dataset_name: str) -> None:
+    """Warns of boxes of a data set to evaluate on which no detector can find."""
+    if faults := find_faulty_annotations(dataset_dicts):
+        logger.warning(
+            f"{len(faults)} faulty annotations in {_quoted(dataset_name)}, which is evaluated on: "
+            "no detection can match them, so that they lower the figures; correct them or take "
+            f"them out.{_listed(faults)}"
+        )
+
+
 def check_annotations(
     dataset_dicts: list[dict],
     mode: str = "drop",
@@ -188,18 +201,33 @@ def check_annotations(
 def usable_segmentation(
     segmentation: Any, height: int | None, width: int | None
 ) -> list | dict | None:
-    """What of a COCO segmentation is an area: its polygons of three or more points, or a run-length
-    mask of the image's size (of any, where that is None); None where nothing is."""
+    """What of a COCO segmentation is an area: its polygons of three or more finite points, or a
+    run-length mask of the image's size (of any, where that is None); None where nothing is."""
     if isinstance(segmentation, list):
-        polygons = [p for p in segmentation if isinstance(p, (list, tuple, np.ndarray))]
-        return [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0] or None
+        return [p for p in segmentation if _is_polygon(p)] or None
     if not isinstance(segmentation, dict):
         return None
-    counts, size = segmentation.get("counts"), segmentation.get("size")
-    if not isinstance(counts, (list, str, bytes)) or not isinstance(size, (list, tuple)):
+    size = segmentation.get("size")
+    if not isinstance(size, (list, tuple)) or len(size) != 2:
         return None
     fits = None in (height, width) or list(size) == [height, width]
-    return segmentation if fits and len(size) == 2 else None
+    return segmentation if fits and _are_runs(segmentation.get("counts"), size) else None
+
+
+def _is_polygon(points: Any) -> bool:
+    if not isinstance(points, (list, tuple, np.ndarray)) or len(points) < 6 or len(points) % 2:
+        return False
+    return all(isinstance(p, (int, float, np.number)) and math.isfinite(p) for p in points)
+
+
+def _are_runs(counts: Any, size: Sequence[int]) -> bool:
+    """Whether run lengths, plain or compressed, are those of a mask of that size."""
+    if isinstance(counts, list):
+        return all(type(n) is int and n >= 0 for n in counts) and sum(counts) == size[0] * size[1]
+    try:
+        return mask_util.decode({"counts": counts, "size": list(size)}).shape == tuple(size)
+    except (TypeError, ValueError):
+        return False
 
 
 def drop_annotations(dataset_dicts: list[dict], faults: list[FaultyAnnotation]) -> list[dict]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
+
+JSON_ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that Windows tools begin it with
 
 
 class DatasetError(UserError):
@@ -45,6 +47,7 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
         content["annotations"], "category_id", content["categories"], "categories", json_file
     )
     _check_boxes(content["annotations"], json_file)
+    _check_numbers(content["annotations"], json_file)
     if all(is_crowd(annotation) for annotation in content["annotations"]):
         raise DatasetError(
             f"All {len(content['annotations'])} annotations in {json_file} are crowds (iscrowd 1), "
@@ -65,7 +68,8 @@ def is_complete_for_evaluation(content: dict) -> bool:
         "info" in content
         and len(ids) == len(annotations)
         and 0 not in ids
-        and all("area" in a and "iscrowd" in a and not a.get("ignore") for a in annotations)
+        and all("iscrowd" in a and not a.get("ignore") for a in annotations)
+        and all(isinstance(a.get("area"), (int, float)) and a["area"] >= 0 for a in annotations)
     )
 
 
@@ -77,7 +81,7 @@ def _read_json(json_file: str) -> Any:
     if not PathManager.isfile(json_file):
         raise DatasetError(f"The annotation file {json_file} does not exist.")
     try:
-        with PathManager.open(json_file, "r", encoding="utf-8") as f:
+        with PathManager.open(json_file, "r", encoding=JSON_ENCODING) as f:
             return json.load(f)
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{json_file} is not a JSON file: {error}.") from error
@@ -101,8 +105,11 @@ def _check_categories(categories: list[dict], json_file: str) -> None:
 
 def _check_images(images: list[dict], json_file: str) -> None:
     for index, image in enumerate(images):
-        if not isinstance(image.get("id"), (int, str)):
-            raise DatasetError(f"{json_file}: number {index} of 'images' has no usable id.")
+        if not _is_integer(image.get("id")) and not isinstance(image.get("id"), str):
+            raise DatasetError(
+                f"{json_file}: number {index} of 'images' has the id {image.get('id')!r}, it must "
+                "be an integer or a text."
+            )
         if not isinstance(image.get("file_name"), str):
             raise DatasetError(f"{json_file}: image {image['id']} has no file_name.")
         for side in ("width", "height"):
@@ -112,6 +119,12 @@ def _check_images(images: list[dict], json_file: str) -> None:
                     f"{image.get(side)!r}, it must be its number of pixels."
                 )
     _check_unique((image["id"] for image in images), "image id", json_file)
+    if len({type(image["id"]) for image in images}) > 1:
+        text = next(image["id"] for image in images if isinstance(image["id"], str))
+        raise DatasetError(
+            f"{json_file}: some image ids are integers and some are texts, such as {text!r}: "
+            "write all of them without quotation marks, or all with."
+        )
 
 
 def _check_unique(values: Iterable[Hashable], what: str, json_file: str) -> None:
@@ -137,8 +150,18 @@ def _check_references(
         raise DatasetError(
             f"{json_file}: {len(unknown)} of {len(annotations)} annotations have a {key} that is "
             f"not among the {len(known)} {target_name}, the first is annotation "
-            f"{first.get('id', f'number {index}')} with {key} {first.get(key)!r}."
+            f"{first.get('id', f'number {index}')} with {key} {first.get(key)!r}"
+            + (
+                " (a text: write it without quotation marks)."
+                if _quotes(first, key, known)
+                else "."
+            )
         )
+
+
+def _quotes(annotation: dict, key: str, known: set) -> bool:
+    value = annotation.get(key)
+    return isinstance(value, str) and value.isdecimal() and int(value) in known
 
 
 def _check_boxes(annotations: list[dict], json_file: str) -> None:
@@ -154,6 +177,23 @@ def _check_boxes(annotations: list[dict], json_file: str) -> None:
             f"numbers, the first is annotation {first.get('id', f'number {index}')}: "
             f"{str(first.get('bbox'))[:80]}."
         )
+
+
+def _check_numbers(annotations: list[dict], json_file: str) -> None:
+    """Those that may be left out, but not be something else."""
+    for index, annotation in enumerate(annotations):
+        for key, allowed in (("iscrowd", (0, 1, None)), ("ignore", (0, 1, None))):
+            if annotation.get(key) not in allowed:
+                _refuse(annotation, index, key, "0 or 1", json_file)
+        if not isinstance(annotation.get("area", 0), (int, float, type(None))):
+            _refuse(annotation, index, "area", "a number", json_file)
+
+
+def _refuse(annotation: dict, index: int, key: str, wanted: str, json_file: str) -> NoReturn:
+    raise DatasetError(
+        f"{json_file}: annotation {annotation.get('id', f'number {index}')} has the {key} "
+        f"{annotation[key]!r}, it must be {wanted}."
+    )
 
 
 def _is_box(value: Any) -> bool:

@@ -176,7 +176,7 @@ class DetrDatasetMapper:
             the same dictionary with `image` (C, H, W) uint8 and, in training, `instances` in place
             of its annotations (N objects: `gt_boxes` xyxy in pixels of the augmented image,
             `gt_classes` and, if asked for, `gt_masks`). `height`, `width` stay those of the file.
-            None for an unreadable image to be skipped: detectron2's loader then takes another.
+            None for an unreadable image to be skipped: the loader then takes another.
 
         Raises:
             UnreadableImageError: the file is missing or cannot be decoded.

@@ -28,7 +28,11 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError
-from .annotations import check_annotations, refuse_xyxy_given_as_xywh
+from .annotations import (
+    check_annotations,
+    refuse_xyxy_given_as_xywh,
+    report_faulty_annotations,
+)
 from .classes import resolve_num_classes
 from .dataset_mapper import DetrDatasetMapper
 from .segments import check_segment_classes, listed_objects
@@ -197,7 +201,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
 
 
 def build_test_dicts(names: str | Sequence[str]) -> list[dict]:
-    """Dictionaries of a data set to evaluate on, with the images that have no object.
+    """Dictionaries of a data set to evaluate on, with the images that have no object. Annotations
+    that cannot be found are named in a warning.
 
     Raises:
         FaultyAnnotationError: the boxes are corners labelled as width and height, so that the
@@ -206,6 +211,7 @@ def build_test_dicts(names: str | Sequence[str]) -> list[dict]:
     names = [names] if isinstance(names, str) else list(names)
     dataset = get_detection_dataset_dicts(names, filter_empty=False)
     refuse_xyxy_given_as_xywh(dataset, ", ".join(names))
+    report_faulty_annotations(dataset, ", ".join(names))
     return dataset
 
 

@@ -72,7 +72,7 @@ def register_coco_dataset(
             `INPUT.SKIP_UNREADABLE_IMAGES` then skips in training.
 
     Raises:
-        DatasetError: see the module; or the name is taken by other files.
+        DatasetError: see `read_coco_json`; images are missing, or the name is taken by other files.
     """
     json_file, image_dir = os.fspath(json_file), os.fspath(image_dir)
     metadata = MetadataCatalog.get(name)
@@ -236,10 +236,26 @@ def _check_images_exist(
         f"{len(missing)} of {len(looked_for)} images looked for of those listed in {json_file} are "
         f"not in the folder {image_dir}, the first is {missing[0]['file_name']}."
     )
-    if allow_missing and len(missing) < len(looked_for):
+    some_are_there = len(missing) < len(looked_for)
+    if allow_missing and some_are_there:
         logger.warning("%s", message)
         return
-    raise DatasetError(
-        f"{message} Restore them, or take them out of the annotations; for training there is "
-        "INPUT.SKIP_UNREADABLE_IMAGES, too."
-    )
+    advice = _how_to_find(missing[0]["file_name"], image_dir)
+    if not advice:
+        advice = "Restore them, or take them out of the annotations" + (
+            "; for training there is INPUT.SKIP_UNREADABLE_IMAGES, too." if some_are_there else "."
+        )
+    raise DatasetError(f"{message} {advice}")
+
+
+def _how_to_find(name: str, image_dir: str) -> str:
+    """What labelling tools write in place of a path below the image folder; "" if none of it."""
+    if "://" in name:
+        return "It is a URL: download the images, and write their file names."
+    plain = name.replace("\\", "/")
+    if plain != name and PathManager.isfile(os.path.join(image_dir, plain)):
+        return f"It is there as {plain}: write file_name with slashes in place of backslashes."
+    for part in (plain.partition("/")[2], plain.rpartition("/")[2]):
+        if part and PathManager.isfile(os.path.join(image_dir, part)):
+            return f"It is there as {part}: write that as file_name, or name a folder above."
+    return ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
@@ -61,6 +63,15 @@ class DetrPredictor(DefaultPredictor):
         )
         self.input_format = settings.FORMAT
 
+    def __call__(self, original_image: np.ndarray) -> dict[str, Any]:
+        """(H, W, 3) uint8, BGR -> {"instances": Instances} and, if so, "panoptic_seg".
+
+        Raises:
+            UserError: it is no such image.
+        """
+        check_image(original_image, channels=1 if self.input_format == "L" else 3)
+        return super().__call__(original_image)
+
     def _follow(self, model: ExportedDetr) -> None:
         """Takes channel order and size of images, and the device, from an exported model."""
         self.cfg.MODEL.DEVICE = "cpu"
@@ -79,3 +90,20 @@ class DetrPredictor(DefaultPredictor):
         report, _ = load_weights(model, cfg.MODEL.WEIGHTS, classes)
         report.refuse_untrained(cfg.MODEL.WEIGHTS)
         return prepare_for_inference(cfg, model)
+
+
+def check_image(image: Any, channels: int = 3) -> None:
+    """
+    Raises:
+        UserError: not an (H, W, channels) uint8 array with pixels in it.
+    """
+    if image is None:
+        raise UserError("The image is None: OpenCV could not read the file, look at its path.")
+    is_array = isinstance(image, np.ndarray)
+    if is_array and image.size and image.dtype == np.uint8 and image.shape[2:] == (channels,):
+        return
+    given = f"{image.dtype} of shape {image.shape}" if is_array else type(image).__name__
+    raise UserError(
+        f"The image is {given}, it must be a uint8 array of shape (height, width, {channels}), "
+        "in BGR order, as cv2.imread returns it."
+    )

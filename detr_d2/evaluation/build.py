@@ -27,7 +27,8 @@ def build_evaluator(
     """Build the evaluator that the data set's metadata asks for.
 
     Args:
-        cfg: gives the default of `output_folder`, ``OUTPUT_DIR/inference``.
+        cfg: gives the default of `output_folder`, ``OUTPUT_DIR/inference``, and below it a folder
+            for each data set where ``DATASETS.TEST`` names several.
         dataset_name: registered data set whose metadata has ``evaluator_type`` "coco",
             "coco_panoptic_seg", "lvis" or "pascal_voc".
         output_folder: folder for results; None without a cfg writes no file.
@@ -42,7 +43,8 @@ def build_evaluator(
             is missing.
     """
     if output_folder is None and cfg is not None:
-        output_folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        own_folder = dataset_name if len(cfg.DATASETS.TEST) > 1 else ""
+        output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", own_folder)
     if masks is None:
         masks = cfg is not None and cfg.MODEL.MASK_ON
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")

@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
+from ..data.coco_json import JSON_ENCODING
 from ..errors import UserError
 from .coco_metrics import choose_backend, compute_coco_metrics
 from .per_class import report_per_class_ap
@@ -97,7 +98,7 @@ class COCODetectionEvaluator(DatasetEvaluator):
 
         detections = self._to_dataset_categories(itertools.chain(*predictions))
         self._write_detections(detections)
-        with open(self._annotation_file, encoding="utf-8") as file:
+        with open(self._annotation_file, encoding=JSON_ENCODING) as file:
             ground_truth = json.load(file)
         if "annotations" not in ground_truth:
             logger.info("%s has no annotations to evaluate with.", self._annotation_file)

@@ -137,7 +137,7 @@ def choose_backend(ground_truth: dict[str, Any]) -> str:
     except ImportError:
         return "pycocotools"
     ids = [entry["id"] for key in ("images", "categories") for entry in ground_truth[key]]
-    readable = all(isinstance(identity, int) and identity >= 0 for identity in ids)
+    readable = all(type(identity) is int and 0 <= identity < 2**63 for identity in ids)
     return "hotcoco" if readable else "pycocotools"
 
 
@@ -172,7 +172,7 @@ def _normalize_ground_truth(ground_truth: dict[str, Any], task: str) -> dict[str
             "area": annotation.get("area"),
             "iscrowd": int(annotation.get("iscrowd") or 0),
         }
-        if kept["area"] is None:
+        if kept["area"] is None or not kept["area"] >= 0:  # also NaN
             kept["area"] = annotation["bbox"][2] * annotation["bbox"][3]
         if task == "segm":
             image = images.get(annotation["image_id"], {})
