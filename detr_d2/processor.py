@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -40,6 +41,15 @@ def _has_bfloat16_instructions() -> bool:
         return known["avx512_bf16"] or known.get("amx_bf16", False)
     is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return is_supported is None or is_supported()
+
+
+def autocast(
+    device_type: str, dtype: torch.dtype | None = None, enabled: bool = True
+) -> AbstractContextManager:
+    """`torch.autocast`, which some devices cannot even switch off (MPS in PyTorch 2.4)."""
+    if not enabled and not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, dtype=dtype, enabled=enabled)
 
 
 def fast_types() -> list[torch.dtype]:

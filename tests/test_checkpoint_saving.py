@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer, PeriodicCheckpointer
+from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
@@ -105,8 +106,44 @@ def test_training_does_not_go_on_from_weights_that_do_not_fit(tmp_path):
 
 def test_last_checkpoint_that_is_gone_is_named(tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
-    with pytest.raises(UserError, match="model_0000009.pth.*does not exist"):
+    with pytest.raises(UserError, match="last_checkpoint.*model_0000009.pth.*does not exist"):
         DetrCheckpointer(Model(), str(tmp_path)).resume_or_load("", resume=True)
+    DetrCheckpointer(Model(), str(tmp_path)).save("model_0000004")
+    (tmp_path / "last_checkpoint").write_text("")
+    with pytest.raises(UserError, match="names ''.*another .*into it: model_0000004.pth"):
+        DetrCheckpointer(Model(), str(tmp_path)).resume_or_load("", resume=True)
+
+
+def test_processes_must_find_the_same_checkpoint(tmp_path, monkeypatch):
+    """On several machines, each with a folder of its own, they would train from other weights."""
+    checkpointer = DetrCheckpointer(Model(), str(tmp_path))
+    checkpointer.save("model_0000004")
+    monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, None])
+    with pytest.raises(UserError, match="model_0000004.pth, None.*that all of them share"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_another_trainers_training_is_not_gone_on_with(tmp_path):
+    """detectron2's holds the state of its trainer under other names."""
+    state = {"model": Model().state_dict(), "iteration": 7}
+    torch.save(state, tmp_path / "model_0000007.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000007.pth")
+    with pytest.raises(UserError, match="not written by this package's .* without --resume"):
+        DetrCheckpointer(Model(), str(tmp_path), trainer=Counter()).resume_or_load("", resume=True)
+
+
+def test_changed_learning_rates_are_said(tmp_path, caplog):
+    def checkpointer(rate):
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+        return DetrCheckpointer(model, str(tmp_path), optimizer=optimizer)
+
+    checkpointer(0.5).save("model_final")
+    checkpointer(0.5).resume_or_load("", resume=True)
+    assert "learning rates" not in caplog.text
+    checkpointer(0.25).resume_or_load("", resume=True)
+    assert "learning rates and weight decays [(0.5, 0" in caplog.text
+    assert "not with the config's [(0.25, 0" in caplog.text
 
 
 def test_nothing_to_load_says_so(tmp_path, caplog):
@@ -137,7 +174,7 @@ def test_failed_write_leaves_the_previous_file(tmp_path):
         stream.write(b"half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full.*MiB are free there: make room"):
         write_atomically(str(path), fail)
     assert path.read_text() == "previous"
     assert list(tmp_path.iterdir()) == [path]

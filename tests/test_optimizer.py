@@ -59,6 +59,15 @@ def test_backbone_has_its_own_learning_rate(cfg):
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.25}
 
 
+def test_biases_as_detectron2_sets_them(cfg):
+    cfg.SOLVER.BIAS_LR_FACTOR, cfg.SOLVER.WEIGHT_DECAY_BIAS = 2.0, 0.0
+    groups = build_optimizer(cfg, Model()).param_groups
+    decays = {(p.ndim, group["weight_decay"]) for group in groups for p in group["params"]}
+    assert {decay for ndim, decay in decays if ndim == 2} == {0.25}
+    assert 0.0 in {decay for ndim, decay in decays if ndim == 1}
+    assert max(group["lr"] for group in groups) == 1.0
+
+
 def test_mask_head_has_its_own_learning_rate(cfg):
     cfg.SOLVER.MASK_HEAD_MULTIPLIER = 4.0
     model = Model()

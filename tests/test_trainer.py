@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_train_loader
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -194,6 +194,43 @@ def test_overflow_of_float16_skips_the_step():
     assert precision.scaler.get_scale() == pytest.approx(1.5e38)
 
 
+class FiniteLoss(Linear):
+    """Its loss is 0, its gradient NaN: infinity, of the root, times 0, of the absolute value."""
+
+    def forward(self, batch, object_counts):
+        return {"loss_a": self.weight.abs().sqrt().sum()}
+
+
+def test_float16_that_skips_every_step_is_stopped(monkeypatch):
+    """Each halves the scale until nothing is left of it."""
+
+    def fail(trainer, batches, reason):
+        raise FloatingPointError(reason)
+
+    monkeypatch.setattr("detr_d2.engine.step.explain_non_finite", fail)
+    precision = Precision("cpu")
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    trainer = step_trainer(FiniteLoss(), precision)
+    with pytest.raises(FloatingPointError, match="no scale of float16's gradients is left"):
+        trainer.train(0, 100)
+    assert trainer.iter == 40  # after 27 skipped steps it is below 0.001
+    assert trainer.storage.history("grad_scale").values()[0] == (2.0**15, 0)
+
+
+def test_a_failed_last_step_is_not_evaluated():
+    """detectron2 takes the last iteration for the end, however it ended."""
+    trainer, evaluated = step_trainer(Linear(slope=(float("nan"), 1.0))), []
+    trainer.register_hooks([hooks.EvalHook(0, lambda: evaluated.append(1))])
+    trainer.model.predict_all = lambda batch, targets: None
+    with pytest.raises(Exception, match="."):
+        trainer.train(0, 1)
+    assert evaluated == []
+    trainer = step_trainer(Linear())
+    trainer.register_hooks([hooks.EvalHook(0, lambda: evaluated.append(1))])
+    trainer.train(0, 1)
+    assert evaluated == [1]
+
+
 def test_random_numbers_of_a_step_depend_on_seed_and_iteration():
     def weight_after(seed, *spans):
         trainer = step_trainer(Linear(noise=1.0), seed=seed)
@@ -356,6 +393,22 @@ def test_resuming_a_finished_training(rectangles, tmp_path):
     assert trainer.start_iter == 4
     trainer.train()
     assert_equal(trainer.model.state_dict(), before)
+
+
+@pytest.mark.parametrize("iterations", [0, -1])
+def test_a_training_has_iterations(rectangles, tmp_path, iterations):
+    with pytest.raises(UserError, match=f"SOLVER.MAX_ITER is {iterations}; it must be 1 or more"):
+        DetrTrainer(training_cfg(rectangles, tmp_path, "SOLVER.MAX_ITER", iterations))
+
+
+def test_a_script_without_logging_sees_what_is_trained(rectangles, tmp_path, monkeypatch):
+    """As DefaultTrainer's; detectron2's `default_setup` knows nothing of this package's."""
+    for name in ("detectron2", "detr_d2"):
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.WARNING)
+    logging.getLogger("detr_d2").manager._clear_cache()
+    DetrTrainer(training_cfg(rectangles, tmp_path)).train()
+    text = (tmp_path / "log.txt").read_text()
+    assert "Images per optimizer step: 4" in text and "total_loss" in text
 
 
 def test_resume_without_checkpoint_starts(rectangles, tmp_path):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..errors import UserError
@@ -58,6 +60,14 @@ def load_weights(
     return report, checkpoint
 
 
+def _rates(checkpointable: Any) -> list[tuple[float, float]]:
+    """Learning rates, before schedule, and weight decays of an optimizer; [] of anything else."""
+    if not isinstance(checkpointable, torch.optim.Optimizer):
+        return []
+    groups = checkpointable.param_groups
+    return sorted({(g.get("initial_lr", g["lr"]), g.get("weight_decay", 0.0)) for g in groups})
+
+
 class DetrCheckpointer(DetectionCheckpointer):
     """A detectron2 checkpointer that loads every format of `FORMATS` and saves atomically.
 
@@ -91,6 +101,49 @@ class DetrCheckpointer(DetectionCheckpointer):
         self.new_class_head = new_class_head
         # What became of the last checkpoint that was loaded.
         self.report: LoadReport | None = None
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As the base class's: goes on from the last checkpoint of `save_dir`, where there is one.
+
+        Raises:
+            UserError: see `load` and `last_checkpoint`; also when the last checkpoint is another
+                trainer's, of whose state nothing is known.
+        """
+        file = self.last_checkpoint() if resume else None
+        if file is None:
+            return super().resume_or_load(path, resume=False)
+        checkpoint = self.load(file)
+        if "package" not in checkpoint and self.checkpointables:
+            raise UserError(
+                f"'{file}' was not written by this package's trainers, and holds no state that a "
+                f"training could go on from: start anew with MODEL.WEIGHTS {file} and without "
+                "--resume."
+            )
+        return checkpoint
+
+    def last_checkpoint(self) -> str | None:
+        """The file that ``--resume`` goes on from; None where no training has saved one.
+
+        Raises:
+            UserError: it is not there, or not the same on all processes.
+        """
+        file = self.get_checkpoint_file() if self.has_checkpoint() else None
+        everywhere = comm.all_gather(file and os.path.basename(file))
+        if len(set(everywhere)) > 1:
+            seen = ", ".join(str(name) for name in everywhere)
+            raise UserError(
+                f"--resume finds other checkpoints in '{self.save_dir}' on other machines (process "
+                f"by process: {seen}): use a folder that all of them share, or copy it to each."
+            )
+        if file is not None and not PathManager.isfile(file):
+            names = [os.path.basename(f) for f in self.get_all_checkpoint_files()]
+            there = f": {', '.join(sorted(names))}" if names else ", or start without --resume"
+            raise UserError(
+                f"'{os.path.join(self.save_dir, 'last_checkpoint')}' names "
+                f"{os.path.basename(file)!r}, which does not exist: write the name of another "
+                f"checkpoint into it{there}."
+            )
+        return file
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Loads weights, and from a checkpoint of this package the checkpointables too.
@@ -126,6 +179,7 @@ class DetrCheckpointer(DetectionCheckpointer):
                 f"MODEL.WEIGHTS {path} and without --resume."
             )
         for name in restored:
+            before = _rates(self.checkpointables[name])
             try:
                 self.checkpointables[name].load_state_dict(checkpoint.pop(name))
             except ValueError as error:
@@ -134,6 +188,12 @@ class DetrCheckpointer(DetectionCheckpointer):
                     "the config as it was, SOLVER's factors and what is frozen included, or start "
                     f"anew with MODEL.WEIGHTS {path} and without --resume."
                 ) from error
+            if (now := _rates(self.checkpointables[name])) != before:
+                logger.warning(
+                    f"The training goes on with the checkpoint's learning rates and weight decays "
+                    f"{now}, not with the config's {before}: to change them, start anew with "
+                    f"MODEL.WEIGHTS {path} and without --resume."
+                )
         return checkpoint
 
     def save(self, name: str, **kwargs: Any) -> None:

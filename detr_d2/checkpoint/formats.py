@@ -7,6 +7,7 @@ huggingface_names.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -310,8 +311,12 @@ def recognise_format(names: Collection[str]) -> Format | None:
 def with_body_of(state: StateDict, model_names: Collection[str]) -> StateDict:
     """Renames a ResNet body in own names to the library's names the model's backbone has.
 
-    A backbone of detectron2 has ``backbone.res2...``, one of timm ``backbone.body.layer1...``.
+    A ResNet of detectron2 has ``backbone.res2...``, below an FPN ``backbone.bottom_up.res2...``,
+    one of timm ``backbone.body.layer1...``.
     """
+    if any(name.startswith("backbone.bottom_up.") for name in model_names):
+        body = re.compile(r"backbone\.(?=stem\.|res\d\.)")
+        return {body.sub("backbone.bottom_up.", name): state[name] for name in state}
     wants_timm = any(name.startswith("backbone.body.") for name in model_names)
     renamed, others = (TIMM_BODY.from_own if wants_timm else TIMM_BODY.to_own)(state)
     return renamed | {name: state[name] for name in others}

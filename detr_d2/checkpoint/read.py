@@ -198,8 +198,9 @@ def _read_pickle(path: str) -> Any:
         raise _damaged(path, error) from error
     if isinstance(data, dict) and ("blobs" in data or "conv1_w" in data):
         raise UserError(
-            f"'{path}' is a Caffe2 file of the first Detectron, whose names are not read; use "
-            "detectron2's conversion of the same weights (detectron2://ImageNetPretrained/...)."
+            f"'{path}' has the names of Caffe2, which are not read (its weights want BGR images "
+            "and other statistics, too): use torchvision's weights of the same network, such as "
+            "detectron2://ImageNetPretrained/torchvision/R-50.pkl."
         )
     return data
 

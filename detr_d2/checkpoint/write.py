@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
 import safetensors.torch
 import torch
+
+from ..errors import UserError
 
 FORMAT_VERSION = 1
 
@@ -19,6 +22,9 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
 
     The temporary name belongs to ``path``: two writers of different files do not meet, and what a
     killed process leaves behind is overwritten when it writes the file again.
+
+    Raises:
+        UserError: the folder does not take it, most often because the disk is full.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.unfinished")
@@ -28,10 +34,17 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except (OSError, RuntimeError) as error:  # torch.save turns the former into the latter
+        free = shutil.disk_usage(folder).free >> 20 if os.path.isdir(folder) else 0
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"'{path}' cannot be written ({reason}), {free} MiB are free there: "
+            "make room. The file that was there before is whole, and a training goes on from its "
+            "last checkpoint with --resume."
+        ) from error
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
     _sync_folder(folder)
 
 

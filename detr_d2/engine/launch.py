@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from detectron2.engine import default_argument_parser, launch
+from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
@@ -85,7 +88,12 @@ def check_num_gpus(num_gpus: int) -> None:
 def run_in_group(main: Callable[..., Any], *args: Any) -> None:
     """`main(*args)`, then the end of the process group that `detectron2.engine.launch` has begun:
     its threads, alive while Python ends, now and then abort the process. Not after an error, as
-    ending a group may wait for processes that still work."""
+    ending a group may wait for processes that still work.
+
+    Processes on CPUs share the cores; each would take all of them.
+    """
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(torch.get_num_threads() // comm.get_local_size(), 1))
     main(*args)
     distributed.destroy_process_group()
 
@@ -94,7 +102,7 @@ def message_for_users(traceback: str) -> str:
     """The message of the `UserError` that ends a traceback, on one line; "" where none does.
 
     Data loaders' workers and training processes hand over a traceback in place of an exception.
-    Only classes of this package's own are looked for, and all of those are `UserError`s.
+    Only classes of this package's own are looked for: those that get out are `UserError`s.
     """
     if "Traceback (most recent call last):" not in traceback:
         return ""
@@ -104,5 +112,14 @@ def message_for_users(traceback: str) -> str:
     return " ".join(last[1].split()) if is_own else ""
 
 
-def one_line(error: UserError) -> str:
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the program with the one line of a `UserError`, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {one_line(error)}")
+
+
+def one_line(error: UserError | str) -> str:
     return message_for_users(str(error)) or " ".join(str(error).split())

@@ -284,12 +284,13 @@ def last_checkpoint(checkpointer: DetrCheckpointer) -> str:
     Raises:
         UserError: there is none, and whatever else was evaluated would be taken for it.
     """
-    if not checkpointer.has_checkpoint():
+    file = checkpointer.last_checkpoint()
+    if file is None:
         raise UserError(
             f"--resume: there is no checkpoint in {checkpointer.save_dir!r} to evaluate: correct "
             "the folder, or leave --resume out and name weights."
         )
-    return checkpointer.get_checkpoint_file()
+    return file
 
 
 def export(config_file: str, path: str, overrides: list[str]) -> None:

@@ -38,7 +38,8 @@ class LearningRateFactor:
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW or SGD; some parts have a learning rate of their own, see `LearningRateFactor`.
 
-    As in the original, weight decay covers every parameter, norms and biases included. Clipping
+    As in the original, weight decay covers every parameter, norms included; biases unless
+    `SOLVER.WEIGHT_DECAY_BIAS` says otherwise (`SOLVER.WEIGHT_DECAY_NORM` is not read). Clipping
     by the norm of all gradients ("full_model") is the trainer's; detectron2's clipping per
     parameter ("value", "norm") is added here.
     """
@@ -47,6 +48,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model,
         base_lr=solver.BASE_LR,
         weight_decay=solver.WEIGHT_DECAY,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         lr_factor_func=LearningRateFactor(
             solver.BACKBONE_MULTIPLIER, solver.SAMPLING_MULTIPLIER, solver.MASK_HEAD_MULTIPLIER
         ),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 
 import torch
 from detectron2.config import CfgNode
 
 from ..errors import UserError
-from ..processor import is_bfloat16_fast
+from ..processor import autocast, is_bfloat16_fast
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class Precision:
     def from_config(cls, cfg: CfgNode) -> Precision:
         return cls(cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE)
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
+    def autocast(self) -> AbstractContextManager:
+        return autocast(self.device_type, self.dtype, self.enabled)
 
     def __str__(self) -> str:
         return str(self.dtype).removeprefix("torch.") if self.enabled else "float32"

@@ -22,6 +22,10 @@ from .precision import Precision
 logger = logging.getLogger(__name__)
 
 Batch = list[dict[str, Any]]
+# Reading the scale of float16's gradients waits for the device. It begins at 65,536; where it comes
+# to less than a thousandth, hardly any gradient is finite.
+SCALE_PERIOD = 20
+SMALLEST_SCALE = 1e-3
 
 
 class StepTrainer(TrainerBase):
@@ -69,6 +73,7 @@ class StepTrainer(TrainerBase):
         self.build_loader = build_loader
         self.data_loader = build_loader(self.seed)
         self._batches: Iterator[Batch] | None = None
+        self.is_stepping = False  # true where a step was begun and not finished
 
     @property
     def batch_sampler(self) -> ResumableBatchSampler | None:
@@ -86,6 +91,11 @@ class StepTrainer(TrainerBase):
             self.batch_sampler.start_batch = self.start_iter * self.accumulation_steps
         elif self.start_iter:
             logger.warning("The loader cannot go on where it stopped: it starts its images anew.")
+        if self.start_iter >= self.max_iter:
+            logger.warning(
+                f"Nothing is left to train: {self.start_iter} iterations are done, of "
+                f"{self.max_iter} (SOLVER.MAX_ITER, or train.max_iter of a LazyConfig)."
+            )
         self._batches = iter(self.data_loader)
         self.log_recipe()
         super().before_train()
@@ -108,6 +118,7 @@ class StepTrainer(TrainerBase):
         )
 
     def run_step(self) -> None:
+        self.is_stepping = True
         torch.manual_seed(derive_seed(self.seed, self.iter, comm.get_rank()))
         start = time.perf_counter()
         batches = [next(self._batches) for _ in range(self.accumulation_steps)]
@@ -119,7 +130,20 @@ class StepTrainer(TrainerBase):
         self.clip_gradients(batches)
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
+        self.watch_scale(batches)
         SimpleTrainer.write_metrics(losses, data_time, self.iter)
+        self.is_stepping = False
+
+    def watch_scale(self, batches: Sequence[Batch]) -> None:
+        """Raises DivergedError where float16 skips step after step: each halves the scale."""
+        if not self.precision.scaler.is_enabled() or self.iter % SCALE_PERIOD:
+            return
+        scale = self.precision.scaler.get_scale()
+        get_event_storage().put_scalar("grad_scale", scale)
+        if scale < SMALLEST_SCALE:
+            explain_non_finite(
+                self, batches, f"no scale of float16's gradients is left ({scale:g})"
+            )
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """Losses of the step, detached; raises DivergedError where they are not finite."""
@@ -146,6 +170,13 @@ class StepTrainer(TrainerBase):
         if norm != norm or norm == float("inf"):
             explain_non_finite(self, batches, f"the norm of the gradients is {norm}")
         get_event_storage().put_scalar("gradient_norm", norm)
+
+    def after_train(self) -> None:
+        """Hooks at the end. Where the last step failed it is not taken for the end of the training,
+        at which detectron2 evaluates: processes would wait for each other, and the reason be lost.
+        """
+        self.max_iter += self.is_stepping
+        super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
         return {

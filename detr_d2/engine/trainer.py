@@ -13,6 +13,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoint import DetrCheckpointer
@@ -42,6 +43,9 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         Raises:
             UserError: config and data disagree, or a value is not possible.
         """
+        for name in ("detectron2", "detr_d2"):  # unless a script has done so already
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):
+                setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         cfg = settle_num_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         for name in cfg.DATASETS.TEST:  # what cannot be evaluated is said now, not hours later
@@ -65,6 +69,8 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
             seed=cfg.SEED,
         )
         cfg = resolve_epochs(cfg, self.num_images)
+        if cfg.SOLVER.MAX_ITER < 1:
+            raise UserError(f"SOLVER.MAX_ITER is {cfg.SOLVER.MAX_ITER}; it must be 1 or more.")
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = build_checkpointer(
             cfg, model, cfg.DATASETS.TRAIN, trainer=weakref.proxy(self), optimizer=optimizer
