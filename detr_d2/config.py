@@ -17,9 +17,11 @@ def add_detr_config(cfg: CfgNode) -> None:
 
 
 def get_detr_cfg() -> CfgNode:
-    """detectron2's default config with this package's keys."""
+    """detectron2's default config with this package's keys, and rasterised masks, as the original
+    has them: detectron2's own "polygon" refuses RLE."""
     cfg = get_cfg()
     add_detr_config(cfg)
+    cfg.INPUT.MASK_FORMAT = "bitmask"
     return cfg
 
 
@@ -192,8 +194,6 @@ def _add_input_keys(cfg: CfgNode) -> None:
     # What to do with annotations that no detector can learn from (empty boxes, NaN, boxes outside
     # the image): "drop" reports and leaves them out, "error" refuses the data set.
     cfg.INPUT.FAULTY_ANNOTATIONS = "drop"
-    # Rasterised masks, as in the original. detectron2's default, "polygon", refuses RLE.
-    cfg.INPUT.MASK_FORMAT = "bitmask"
     # Train on without images that cannot be read, instead of stopping at the first.
     cfg.INPUT.SKIP_UNREADABLE_IMAGES = False
 

@@ -21,6 +21,7 @@ from .losses import (
     l1_box_loss,
     paired_iou,
 )
+from .processor import autocast
 from .structures import Assignment, LayerOutput, NoisedObjects, Predictions, Target
 
 
@@ -97,7 +98,7 @@ class SetCriterion(nn.Module):
         if object_counts is None:
             object_counts = [len(target.classes) for target in targets]
         last = predictions.layers[-1].logits
-        with torch.autocast(last.device.type, enabled=False):
+        with autocast(last.device.type, enabled=False):
             supervised = self._supervised(predictions, targets)
             assignments = self._assign(supervised)
             normalizers = self._normalizers(
@@ -115,7 +116,8 @@ class SetCriterion(nn.Module):
                 layer = self._layer_losses(each, pairs, classes, boxes, *normalizer)
                 losses.update({f"{name}{each.suffix}": loss for name, loss in layer.items()})
                 if not each.suffix:
-                    self._write_diagnostics(each.output.logits, pairs, classes, targets)
+                    if torch.is_grad_enabled():  # not of a validation's losses
+                        self._write_diagnostics(each.output.logits, pairs, classes, targets)
                     if predictions.masks is not None:
                         losses |= self._mask_losses(
                             predictions, assignment, pairs, targets, normalizer[0]
@@ -132,12 +134,13 @@ class SetCriterion(nn.Module):
         ]
         proposals, noised = predictions.proposals, predictions.noised
         if proposals is not None:
+            proposed = targets
             if proposals.class_agnostic:
-                targets = [Target(torch.zeros_like(t.classes), t.boxes) for t in targets]
-            supervised.append(_Supervised(proposals.output, "_enc", targets))
+                proposed = [Target(torch.zeros_like(t.classes), t.boxes) for t in targets]
+            supervised.append(_Supervised(proposals.output, "_enc", proposed))
         if noised is not None:
             supervised += [
-                _Supervised(output, f"_dn{suffix}", supervised[0].targets, noised)
+                _Supervised(output, f"_dn{suffix}", targets, noised)
                 for output, suffix in list(zip(predictions.denoising, suffixes, strict=True))[kept]
             ]
         return [

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .box_ops import cxcywh_to_xyxy, generalized_box_iou
-from .structures import Assignment, LayerOutput, Target
+from .structures import Assignment, LayerOutput, Target, pad_targets
 
 
 class HungarianMatcher(nn.Module):
@@ -47,10 +47,10 @@ class HungarianMatcher(nn.Module):
         """
         counts = [len(target.classes) for target in targets[0]]
         costs = [
-            self.pair_costs(output, *_pad(each))
+            self.pair_costs(output, *pad_targets(each)[:2])
             for output, each in zip(outputs, targets, strict=True)
         ]
-        # The only time in a step that the host waits for the device: one transfer for all layers.
+        # The only time in a forward pass that the host waits for the device, for all layers.
         host = torch.cat([cost.flatten() for cost in costs]).cpu()
         per_layer = host.split([cost.numel() for cost in costs])
         return [
@@ -76,12 +76,6 @@ class HungarianMatcher(nn.Module):
             cxcywh_to_xyxy(predicted)[:, :, None], cxcywh_to_xyxy(boxes)[:, None]
         )
         return self.class_cost * class_cost + self.l1_cost * l1_cost - self.giou_cost * giou
-
-
-def _pad(targets: Sequence[Target]) -> tuple[Tensor, Tensor]:
-    classes = nn.utils.rnn.pad_sequence([t.classes for t in targets], batch_first=True)
-    boxes = nn.utils.rnn.pad_sequence([t.boxes.float() for t in targets], batch_first=True)
-    return classes, boxes
 
 
 def _assign(cost: Tensor, counts: Sequence[int]) -> Assignment:

@@ -1,18 +1,21 @@
 """What travels between the parts of the detector.
 
 Shapes: B images, S memory tokens (all levels, from fine to coarse, row by row), L levels,
-Q queries, C channels, K logits per query, D denoising queries. Boxes are cxcywh, normalised to the
+Q queries, C channels, K logits per query, T objects of an image, P matched pairs, D denoising
+queries in G groups, H and W in pixels. Boxes are cxcywh, normalised to the
 unpadded image.
 Masks are True where something is to be ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
@@ -34,8 +37,8 @@ class Memory:
 class QueryPosition(NamedTuple):
     """What a layer is told about the places its queries stand for."""
 
-    embedding: Tensor
-    """(B, Q, C) added to the content, or projected and added"""
+    embedding: Tensor | None
+    """(B, Q, C) added to the content, or projected and added; None: nothing is"""
     spatial: Tensor | None = None
     """(B, Q, C) in the space of the memory's positions, for attention that compares the two apart
     from the content"""
@@ -59,6 +62,19 @@ class Target(NamedTuple):
     """(T, 4)"""
     masks: Tensor | None = None
     """(T, H, W) bool, of the image's unpadded pixels; on the host"""
+
+
+def pad_targets(targets: Sequence[Target], fill: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes (B, T), boxes (B, T, 4) float32 and (B, T) bool, True where there is an object;
+    padded to the T of the fullest image.
+
+    Args:
+        fill: what boxes are padded with.
+    """
+    classes = pad_sequence([t.classes for t in targets], batch_first=True)
+    boxes = pad_sequence([t.boxes.float() for t in targets], True, fill)
+    valid = pad_sequence([torch.ones_like(t.classes).bool() for t in targets], batch_first=True)
+    return classes, boxes, valid
 
 
 class Assignment(NamedTuple):

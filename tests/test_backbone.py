@@ -7,10 +7,11 @@ import pytest
 import torch
 import torchvision
 from detectron2.layers import FrozenBatchNorm2d
-from detectron2.modeling import build_backbone
+from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
 from detr_d2 import get_detr_cfg
+from detr_d2.checkpoint import load_weights
 from detr_d2.errors import UserError, require_package
 from detr_d2.modeling.neck import padding_mask, resize_padding, valid_ratio
 
@@ -227,7 +228,7 @@ def test_detectron2s_norm_is_frozen():
 
 
 def test_padding_mask():
-    padding = padding_mask([(2, 3), (4, 1)], (4, 3), torch.device("cpu"))
+    padding = padding_mask(torch.tensor([(2, 3), (4, 1)]), (4, 3))
     assert padding.dtype == torch.bool
     assert (~padding).long().tolist() == [
         [[1, 1, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]],
@@ -241,7 +242,7 @@ def test_padding_is_resized_by_the_nearest_rule():
     sizes = [(padded, valid) for padded in range(33, 1334, 61) for valid in range(7, padded, 53)]
     for padded, valid in sizes:
         cells = -(-padded // 32)
-        padding = padding_mask([(valid, padded), (padded, valid)], (padded, padded), "cpu")
+        padding = padding_mask(torch.tensor([(valid, padded), (padded, valid)]), (padded, padded))
         resized = resize_padding(padding, (cells, cells))
         expected = [i * padded // cells >= valid for i in range(cells)]
         assert resized[0, :, 0].tolist() == expected, (padded, valid)
@@ -253,10 +254,10 @@ def test_padding_is_resized_by_the_nearest_rule():
 
 
 def test_valid_ratio():
-    padding = padding_mask([(2, 3), (4, 6)], (4, 6), torch.device("cpu"))
+    padding = padding_mask(torch.tensor([(2, 3), (4, 6)]), (4, 6))
     # Width first.
     assert valid_ratio(padding).tolist() == [[0.5, 0.5], [1, 1]]
-    padding = padding_mask([(1, 6)], (4, 6), torch.device("cpu"))
+    padding = padding_mask(torch.tensor([(1, 6)]), (4, 6))
     assert valid_ratio(padding).tolist() == [[1, 0.25]]
 
 
@@ -279,3 +280,17 @@ def test_freeze_at_of_timm(name, freeze_at, last):
     names = [name for name, _ in body.named_parameters()]
     frozen = [name for name, p in body.named_parameters() if not p.requires_grad]
     assert frozen == (names[: names.index(last) + 1] if last else [])
+
+
+def test_imagenet_weights_go_below_an_fpn(tmp_path):
+    """Whose ResNet detectron2 calls bottom_up."""
+    fpn = ("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 18)
+    fpn += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.OUT_FEATURES", ["res4", "res5"])
+    fpn += ("MODEL.FPN.IN_FEATURES", ["res4", "res5"], "MODEL.DETR.IN_FEATURES", ["p5"])
+    fpn += ("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.RESNETS.STEM_OUT_CHANNELS", 64)
+    model, theirs = build_model(tiny_cfg(*fpn)), torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    report, _ = load_weights(model, str(tmp_path / "resnet18.pth"))
+    loaded = model.state_dict()["backbone.bottom_up.res5.1.conv2.weight"]
+    assert torch.equal(loaded, theirs.layer4[1].conv2.weight)
+    assert not [name for name in report.initial if name.startswith("backbone.bottom_up")]

@@ -192,6 +192,9 @@ def test_diagnostics_go_to_the_event_storage_only():
     with EventStorage(1) as storage:
         make_criterion(num_classes=2)(Predictions([output]), [TARGET])
         assert storage.latest() == {}
+    with EventStorage(0) as storage, torch.no_grad():  # a validation beside a training
+        make_criterion(num_classes=2)(Predictions([output]), [TARGET])
+        assert storage.latest() == {}
 
 
 def test_diagnostics_by_hand():

@@ -64,7 +64,7 @@ def as_maps(memory: Memory, images, shapes) -> Memory:
 
 def memory_of(model, sizes, padded_size):
     """What the neck makes of random features of images of these sizes, multiples of 32."""
-    padding = padding_mask(sizes, padded_size, torch.device("cpu"))
+    padding = padding_mask(torch.tensor(sizes), padded_size)
     generator = torch.Generator().manual_seed(0)
     features = {}
     for name, shape in model.backbone.output_shape().items():

@@ -342,6 +342,13 @@ def test_masks_are_compared_where_they_are(monkeypatch):
     assert losses["loss_mask"] < 1e-3 and losses["loss_dice"] < 1e-3
 
 
+def test_detectron2s_mapper_gives_no_masks_of_no_object():
+    inputs = inputs_with_masks(counts=(2, 0))
+    inputs[1]["instances"].remove("gt_masks")
+    losses = make_model().train()(inputs)
+    assert losses["loss_mask"].isfinite() and losses["loss_mask"] > 0
+
+
 def test_images_without_objects():
     model = make_model().train()
     losses = model(inputs_with_masks(counts=(0, 0)))
@@ -364,10 +371,13 @@ def test_accumulated_batches_are_the_whole_batch():
 
 def test_polygons_and_bitmaps_are_the_same_ground_truth():
     polygon = np.array([10.0, 5, 40, 5, 40, 30, 10, 30])
-    masks = to_bitmasks(PolygonMasks([[polygon], [polygon / 2]]), 50, 60)
+    polygons = Instances((50, 60), gt_masks=PolygonMasks([[polygon], [polygon / 2]]))
+    masks = to_bitmasks(polygons, 50, 60)
     assert masks.shape == (2, 50, 60) and masks[0].sum() == 30 * 25
-    assert torch.equal(to_bitmasks(BitMasks(masks), 50, 60), masks)
-    assert to_bitmasks(PolygonMasks([]), 50, 60).shape == (0, 50, 60)
+    bitmaps = Instances((50, 60), gt_masks=BitMasks(masks))
+    assert torch.equal(to_bitmasks(bitmaps, 50, 60), masks)
+    nothing = Instances((50, 60), gt_classes=torch.zeros(0), gt_masks=PolygonMasks([]))
+    assert to_bitmasks(nothing, 50, 60).shape == (0, 50, 60)
 
 
 # ---------------------------------------------------------------------------- a frozen detector

@@ -5,13 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_model
+from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 
-from detr_d2 import get_detr_cfg
+from detr_d2 import add_detr_config, get_detr_cfg
 from detr_d2.errors import UserError
 from detr_d2.modeling import Detr, build_criterion, build_transformer
 from detr_d2.modeling.neck import SingleScaleNeck
@@ -372,3 +374,28 @@ def test_the_original_wrappers_yaml_loads_unchanged(tmp_path):
 def test_wrong_configs_are_refused_in_a_sentence(options, message):
     with pytest.raises(UserError, match=message):
         build_model(tiny_cfg(*options))
+
+
+@pytest.mark.parametrize(("label", "shown"), [(NUM_CLASSES, NUM_CLASSES), (-1, -1)])
+def test_classes_that_the_model_does_not_have(label, shown):
+    """The first would be taken for "no object" in silence."""
+    model = build_model(tiny_cfg()).train()
+    inputs = random_inputs(SIZES, [2, 1])
+    inputs[1]["instances"].gt_classes[0] = label
+    inputs[1]["file_name"] = "b.jpg"
+    message = f"b.jpg has an object of class {shown}, .* from 0 to {NUM_CLASSES - 1}"
+    with pytest.raises(UserError, match=message):
+        model(inputs)
+
+
+def test_detectron2_counts_its_operations(model):
+    """By tracing, in which the sizes of images are tensors."""
+    flops = FlopCountAnalysis(model, random_inputs([(64, 96)]))
+    assert flops.unsupported_ops_warnings(False).total() > 1e6
+
+
+def test_a_projects_own_config_keeps_its_keys():
+    cfg = get_cfg()
+    add_detr_config(cfg)
+    assert cfg.INPUT.MASK_FORMAT == get_cfg().INPUT.MASK_FORMAT == "polygon"
+    assert get_detr_cfg().INPUT.MASK_FORMAT == "bitmask"

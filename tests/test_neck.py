@@ -31,7 +31,7 @@ def make_features():
 def test_levels_by_hand():
     """Two maps; the third level is made from the last map, the fourth from the third level."""
     neck, features = make_neck(), make_features()
-    padding = padding_mask([(96, 128), (48, 128)], (96, 128), torch.device("cpu"))
+    padding = padding_mask(torch.tensor([(96, 128), (48, 128)]), (96, 128))
     memory = neck(features, padding)
     assert memory.level_shapes == ((12, 16), (6, 8), (3, 4), (2, 2))
     projections = neck.projections

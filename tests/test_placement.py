@@ -117,8 +117,10 @@ def test_detections_stay_on_the_device(stand_ins, variant):
 
 @pytest.mark.parametrize("counts", [COUNTS, [0, 3], [0, 0]])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_training_step_transfers_once(stand_ins, variant, counts):
+def test_a_training_step_transfers_once(stand_ins, variant, counts, monkeypatch):
     """Images and ground truth come on the CPU; the costs go back in one piece."""
+    # It reads labels on the CPU, which stand-ins for tensors do not have.
+    monkeypatch.setattr("detr_d2.modeling.meta_arch.check_classes", lambda *arguments: None)
     with FakeTensorMode():
         model = fake_model(variant=variant).train()
         with Transfers() as transfers:

@@ -15,6 +15,7 @@ from ..box_ops import cxcywh_to_xyxy
 from ..errors import UserError
 from ..modeling.mask_head import MaskSource
 from ..modeling.meta_arch import Detr
+from ..modeling.neck import padding_mask
 from ..modeling.queries import TopKQueries
 from .fold import folded
 
@@ -98,7 +99,7 @@ class ExportableDetr(nn.Module):
             below = (height + divisor - 1) // divisor * divisor - height
             right = (width + divisor - 1) // divisor * divisor - width
             images = F.pad(images, (0, right, 0, below))
-        padding = self.padding(images, sizes)
+        padding = padding_mask(sizes, images.shape[2:])
         pixels = (images - self.pixel_mean) / self.pixel_std
         pixels = pixels.masked_fill(padding[:, None], 0)
         features = self.backbone(pixels)
@@ -116,12 +117,3 @@ class ExportableDetr(nn.Module):
         boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
         extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
         return [cxcywh_to_xyxy(boxes) * extent, scores, classes, queries]
-
-    @staticmethod
-    def padding(images: Tensor, sizes: Tensor) -> Tensor:
-        """(B, H, W) bool, True on padding."""
-        rows = torch.arange(images.shape[2], device=images.device)
-        columns = torch.arange(images.shape[3], device=images.device)
-        below = rows[None, :, None] >= sizes[:, :1, None]
-        right = columns[None, None, :] >= sizes[:, 1:, None]
-        return below | right

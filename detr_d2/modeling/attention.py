@@ -55,11 +55,9 @@ class MultiHeadAttention(nn.Module):
         Returns:
             (B, Q, C)
         """
-        projected = self.project(query, key, value)
-        heads = (split_heads(x, self.num_heads) for x in projected)
+        heads = (split_heads(x, self.num_heads) for x in self.project(query, key, value))
         dropout = self.dropout if self.training else 0.0
-        attended = scaled_dot_product(*heads, allowed, dropout)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        return self.out_proj(merge_heads(scaled_dot_product(*heads, allowed, dropout)))
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Arguments of `attend` -> (B, Q, C), (B, S, C), (B, S, C)"""
@@ -137,8 +135,8 @@ class SelfAttention(MultiHeadAttention):
         self, content: Tensor, position: Tensor | None, allowed: Tensor | None = None
     ) -> Tensor:
         """(B, Q, C), (B, Q, C) or None, mask broadcasting to (B, heads, Q, Q) -> (B, Q, C)."""
-        located = content if position is None else content + position
-        return self.attend(located, located, content, allowed)
+        query = located(content, position)
+        return self.attend(query, query, content, allowed)
 
 
 class PlainAttention(MultiHeadAttention):
@@ -163,7 +161,8 @@ class PlainAttention(MultiHeadAttention):
         """
         allowed = ~memory.padding[:, None, None, :]
         key = memory.tokens + memory.positions
-        return self.attend(content + position.embedding, key, memory.tokens, allowed)
+        query = located(content, position.embedding)
+        return self.attend(query, key, memory.tokens, allowed)
 
 
 class SeparateSelfAttention(nn.Module):
@@ -195,7 +194,7 @@ class SeparateSelfAttention(nn.Module):
             allowed,
             self.dropout if self.training else 0.0,
         )
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        return self.out_proj(merge_heads(attended))
 
 
 class ConditionalAttention(nn.Module):
@@ -266,7 +265,12 @@ class ConditionalAttention(nn.Module):
             ~memory.padding[:, None, None, :],
             self.dropout if self.training else 0.0,
         )
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        return self.out_proj(merge_heads(attended))
+
+
+def located(content: Tensor, embedding: Tensor | None) -> Tensor:
+    """Content with its position embedding, where there is one."""
+    return content if embedding is None else content + embedding
 
 
 def check_heads(hidden_dim: int, num_heads: int) -> int:
@@ -285,6 +289,11 @@ def check_heads(hidden_dim: int, num_heads: int) -> int:
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, tokens, C) -> (B, heads, tokens, C / heads)"""
     return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, tokens, C / heads) -> (B, tokens, C)"""
+    return x.transpose(1, 2).flatten(2)
 
 
 def _linear(hidden_dim: int) -> nn.Linear:

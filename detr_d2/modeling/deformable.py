@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..structures import Memory, QueryPosition
-from .attention import check_heads
+from .attention import check_heads, located
 
 
 class DeformableAttention(nn.Module):
@@ -63,7 +63,7 @@ class DeformableAttention(nn.Module):
         Returns:
             (B, Q, C)
         """
-        query = content if position.embedding is None else content + position.embedding
+        query = located(content, position.embedding)
         samples = (self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)

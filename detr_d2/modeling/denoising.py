@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..structures import Assignment, NoisedObjects, Queries, Target
+from ..structures import Assignment, NoisedObjects, Queries, Target, pad_targets
 
 
 class Denoising(nn.Module):
@@ -117,10 +117,7 @@ def _groups(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Classes (B, G, copies * T), boxes (B, G, copies * T, 4) and (B, G, copies * T) bool, False
     where an image has fewer objects than the fullest."""
-    pad = nn.utils.rnn.pad_sequence
-    classes = pad([target.classes for target in targets], batch_first=True)
-    boxes = pad([target.boxes.float() for target in targets], batch_first=True)
-    valid = pad([torch.ones_like(target.classes).bool() for target in targets], batch_first=True)
+    classes, boxes, valid = pad_targets(targets, fill=0.5)
     return (
         classes[:, None].repeat(1, num_groups, copies),
         boxes[:, None].repeat(1, num_groups, copies, 1),

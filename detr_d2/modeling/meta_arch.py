@@ -1,6 +1,6 @@
 """The meta-architecture: images in, losses or detections out.
 
-Shapes: B images, H and W of an image in pixels, Q queries, K logits.
+Shapes: B images, C channels of an image, H and W in pixels, Q queries, K logits, D detections.
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ class Detr(nn.Module):
         # Convolutions are fastest in this layout, on CPUs and in mixed precision on GPUs.
         pixels = images.tensor.contiguous(memory_format=torch.channels_last)
         features = self.backbone(pixels)
-        padding = padding_mask(images.image_sizes, pixels.shape[-2:], self.device)
+        # Tensors where the model is traced.
+        sizes = torch.tensor([[int(side) for side in size] for size in images.image_sizes])
+        padding = padding_mask(sizes.to(self.device, non_blocking=True), pixels.shape[-2:])
         return self.neck(features, padding), features, pixels
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
@@ -223,17 +225,24 @@ class Detr(nn.Module):
         )
 
     def prepare_targets(self, batched_inputs: Sequence[dict[str, Any]]) -> list[Target]:
-        """Ground truth with boxes as cxcywh, normalised to the unpadded image."""
+        """Ground truth with boxes as cxcywh, normalised to the unpadded image.
+
+        Raises:
+            UserError: a class that the model does not have; looked for where that makes nobody
+                wait, in labels on the CPU.
+        """
         targets = []
         for x in batched_inputs:
             height, width = x["image"].shape[-2:]
             corners = x["instances"].gt_boxes.tensor
             size = corners.new_tensor([width, height, width, height])
             boxes = xyxy_to_cxcywh(corners / size).to(self.device, non_blocking=True)
-            classes = x["instances"].gt_classes.to(self.device, non_blocking=True)
+            classes = x["instances"].gt_classes
+            check_classes(classes, self.criterion.classification.num_classes, x)
+            classes = classes.to(self.device, non_blocking=True)
             masks = None
             if self.mask_head is not None:
-                masks = to_bitmasks(x["instances"].gt_masks, height, width)
+                masks = to_bitmasks(x["instances"], height, width)
             targets.append(Target(classes, boxes, masks))
         return targets
 
@@ -278,6 +287,23 @@ class Detr(nn.Module):
             )
             results.append({"instances": instances})
         return results
+
+
+def check_classes(classes: Tensor, num_classes: int, x: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: a class outside 0..num_classes-1. One of num_classes would be taken for "no
+            object" in silence.
+    """
+    if classes.device.type != "cpu" or not len(classes):
+        return
+    lowest, highest = classes.min().item(), classes.max().item()
+    if lowest < 0 or highest >= num_classes:
+        raise UserError(
+            f"{x.get('file_name', 'An image')} has an object of class "
+            f"{lowest if lowest < 0 else highest}, but the model's {num_classes} classes count "
+            f"from 0 to {num_classes - 1}: correct category_id, or set MODEL.DETR.NUM_CLASSES."
+        )
 
 
 def check_num_logits(transformer: nn.Module, classification: nn.Module) -> None:

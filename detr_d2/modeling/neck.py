@@ -140,15 +140,13 @@ def _flatten(
     )
 
 
-def padding_mask(
-    image_sizes: Sequence[tuple[int, int]], padded_size: Sequence[int], device: torch.device
-) -> Tensor:
-    """(height, width) of each image and of the padded batch -> (B, H, W) bool, True on padding."""
-    heights, widths = torch.tensor(image_sizes).to(device, non_blocking=True).unbind(1)
-    height, width = padded_size
-    below = torch.arange(height, device=device) >= heights[:, None]
-    right = torch.arange(width, device=device) >= widths[:, None]
-    return below[:, :, None] | right[:, None, :]
+def padding_mask(sizes: Tensor, padded_size: Sequence[int]) -> Tensor:
+    """(B, 2) height and width of each image, and those of the padded batch -> (B, H, W) bool, True
+    on padding."""
+    rows, columns = (torch.arange(side, device=sizes.device) for side in padded_size)
+    below = rows[None, :, None] >= sizes[:, :1, None]
+    right = columns[None, None, :] >= sizes[:, 1:, None]
+    return below | right
 
 
 def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:

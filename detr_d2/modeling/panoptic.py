@@ -1,6 +1,6 @@
 """From masks to one class and one segment for every pixel (DETR, section 4.4).
 
-Shapes: S segments, H and W of the image in pixels.
+Shapes: Q queries, S of them that may become segments, H and W of the image in pixels.
 """
 
 from __future__ import annotations

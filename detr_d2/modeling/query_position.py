@@ -82,8 +82,7 @@ class ModulatedQueryPosition(nn.Module):
             spatial = spatial * self.scale(content)
         width, height = self.size_mlp(content).float().sigmoid().unbind(-1)
         # The larger the box, the less a token's distance from its centre counts. A clamp, for boxes
-        # of no size, which denoising queries of no object have, must not end a training, and
-        # float16 has no room for more.
+        # of no size must not end a training, and float16 has no room for more.
         height = height / reference[..., 3].clamp(min=1e-4)
         width = width / reference[..., 2].clamp(min=1e-4)
         modulation = torch.stack((height, width), dim=-1).repeat_interleave(self.channels, dim=-1)

@@ -1,6 +1,7 @@
 """Masks beside detections: ground truth in, instance and panoptic results out.
 
-Shapes: D detections of an image, T objects, H and W in pixels.
+Shapes: B images, Q queries, P masks asked for, D detections of an image, T objects, H and W in
+pixels.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.structures import BitMasks, Instances
 from detectron2.structures.masks import polygons_to_bitmask
 from torch import Tensor
 
@@ -22,12 +23,15 @@ MasksOf = Callable[[Tensor, Tensor], Tensor]
 CHUNK = 10
 
 
-def to_bitmasks(masks: BitMasks | PolygonMasks, height: int, width: int) -> Tensor:
-    """detectron2's ground truth, of either kind -> (T, H, W) bool."""
+def to_bitmasks(instances: Instances, height: int, width: int) -> Tensor:
+    """detectron2's ground truth, `gt_masks` of either kind -> (T, H, W) bool."""
+    if not len(instances):  # detectron2's mapper then leaves the masks out
+        return torch.zeros(0, height, width, dtype=torch.bool)
+    masks = instances.gt_masks
     if isinstance(masks, BitMasks):
         return masks.tensor
     bitmasks = [torch.from_numpy(polygons_to_bitmask(p, height, width)) for p in masks.polygons]
-    return torch.stack(bitmasks) if bitmasks else torch.zeros(0, height, width, dtype=torch.bool)
+    return torch.stack(bitmasks)
 
 
 def add_masks(
