@@ -169,6 +169,14 @@ UNUSABLE = {
 }
 
 
+def test_runs_that_only_decoding_finds_broken_are_told(image):
+    for annotation in image["annotations"]:
+        annotation["segmentation"] = {"counts": "abc", "size": [HEIGHT, WIDTH]}
+    mapper = DetrDatasetMapper(True, augmentations=[], use_instance_mask=True)
+    with pytest.raises(FaultyAnnotationError, match="png: a segmentation cannot be decoded"):
+        mapper(image)
+
+
 @pytest.mark.parametrize("fault", UNUSABLE)
 def test_a_segmentation_that_cannot_be_used_is_told(image, fault):
     image["annotations"][0]["segmentation"] = UNUSABLE[fault]

@@ -164,7 +164,7 @@ def test_objects_without_a_mask_are_ignored(backend, lack, caplog):
     useless |= {
         "NaN": [[math.nan] * 6],
         "texts": [["1"] * 6],
-        "broken runs": {"size": [100, 100], "counts": "abc"},
+        "broken runs": {"size": [100, 100], "counts": "é"},
         "negative runs": {"size": [100, 100], "counts": [-5, 10005]},
         "too few runs": {"size": [100, 100], "counts": [3, 4]},
         "runs of texts": {"size": [100, 100], "counts": ["a", 3]},

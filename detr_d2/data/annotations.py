@@ -216,13 +216,17 @@ def usable_segmentation(
 def _is_polygon(points: Any) -> bool:
     if not isinstance(points, (list, tuple, np.ndarray)) or len(points) < 6 or len(points) % 2:
         return False
-    numbers = np.asarray(points)
-    return numbers.dtype.kind in "iuf" and bool(np.isfinite(numbers).all())
+    try:
+        numbers = np.asarray(points)
+    except ValueError:  # lists in it, of several lengths
+        return False
+    is_flat = numbers.ndim == 1 and numbers.dtype.kind in "iuf"
+    return is_flat and bool(np.isfinite(numbers).all())
 
 
 def _are_runs(counts: Any, size: Sequence[int]) -> bool:
-    """Whether run lengths, plain or compressed, are those of a mask of that size; of compressed ones
-    only the area is looked at, for this is asked of every object of every image."""
+    """Whether run lengths, plain or compressed, are of a mask of that size. Of compressed ones
+    only the area is looked at: this is asked of every object of every image."""
     if isinstance(counts, list):
         return all(type(n) is int and n >= 0 for n in counts) and sum(counts) == size[0] * size[1]
     try:

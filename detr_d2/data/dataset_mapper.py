@@ -248,10 +248,16 @@ class DetrDatasetMapper:
             for annotation in image["annotations"]
             if not annotation.get("iscrowd", 0)
         ]
-        annotations = [
-            detection_utils.transform_instance_annotations(annotation, transforms, image_size)
-            for annotation in annotations
-        ]
+        try:
+            annotations = [
+                detection_utils.transform_instance_annotations(annotation, transforms, image_size)
+                for annotation in annotations
+            ]
+        except ValueError as error:  # of run lengths that only decoding them finds broken
+            raise FaultyAnnotationError(
+                f"{image['file_name']}: a segmentation cannot be decoded ({error}): correct it, or "
+                "take the annotation out."
+            ) from error
         instances = detection_utils.annotations_to_instances(
             annotations, image_size, mask_format=self.instance_mask_format
         )
