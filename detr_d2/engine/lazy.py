@@ -29,6 +29,7 @@ from ..processor import usable_device
 from .main import blaming_output, last_checkpoint, shorten_user_error, warn_about_output
 from .precision import Precision
 from .step import StepTrainer
+from .trainer import refuse_untrained_detector
 
 _MISSING = object()
 
@@ -167,7 +168,13 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
     )
     warn_about_output(checkpointer, resume)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    start_iter = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    is_resumed = resume and checkpointer.has_checkpoint()
+    if getattr(model, "frozen_detector", False) and not is_resumed:
+        path = cfg.train.init_checkpoint
+        if not path:
+            raise UserError("model.frozen_detector needs its weights: name train.init_checkpoint.")
+        refuse_untrained_detector(checkpointer.report, path, "train.init_checkpoint")
+    start_iter = trainer.iter + 1 if is_resumed else 0
     trainer.train(start_iter, cfg.train.max_iter)
     return results or None
 

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..checkpoint import DetrCheckpointer
+from ..checkpoint import DetrCheckpointer, LoadReport
 from ..data import classes_of
 from ..data.classes import settle_num_classes
 from ..data.loader import build_test_loader, build_train_loader
@@ -90,13 +90,7 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         frozen = self.cfg.MODEL.DETR.FROZEN_WEIGHTS
         if frozen and not (resume and self.checkpointer.has_checkpoint()):
             self.checkpointer.load(frozen, checkpointables=[])
-            self.checkpointer.report.refuse_untrained(frozen, "MODEL.DETR.FROZEN_WEIGHTS")
-            initial = self.checkpointer.report.initial
-            if missing := [name for name in initial if not name.startswith("mask_head.")]:
-                raise UserError(
-                    f"'{frozen}' leaves {len(missing)} tensors of the frozen detector untrained, "
-                    f"first '{missing[0]}': name its own weights in MODEL.DETR.FROZEN_WEIGHTS."
-                )
+            refuse_untrained_detector(self.checkpointer.report, frozen, "MODEL.DETR.FROZEN_WEIGHTS")
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -149,6 +143,22 @@ def compile_for_training(model: nn.Module) -> None:
     free, for augmentation changes them from step to step."""
     for part in (model.backbone, model.transformer.encoder, model.transformer.decoder):
         part.compile(dynamic=True)
+
+
+def refuse_untrained_detector(report: LoadReport, path: str, key: str) -> None:
+    """
+    Args:
+        path, key: of the weights that a frozen detector is to have.
+
+    Raises:
+        UserError: they are not all of them, the mask head aside.
+    """
+    report.refuse_untrained(path, key)
+    if missing := [name for name in report.initial if not name.startswith("mask_head.")]:
+        raise UserError(
+            f"'{path}' leaves {len(missing)} tensors of the frozen detector untrained, first "
+            f"'{missing[0]}': name its own weights in {key}."
+        )
 
 
 def build_checkpointer(
