@@ -80,7 +80,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     _add_denoising_keys(detr)
 
     # Parts whose activations are computed again in the backward pass instead of being kept:
-    # "backbone", "encoder". Less memory, a longer step, the same gradients.
+    # "backbone", "encoder", "sampling" (the samples of deformable attention, the largest tensors
+    # that such models have). Less memory, a longer step, the same gradients.
     cfg.MODEL.ACTIVATION_CHECKPOINTING = []
 
     # How --eval-only and the predictor compute, see `optimize_for_inference`. What is found is the

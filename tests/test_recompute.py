@@ -42,6 +42,8 @@ def step(model):
         (["backbone", "encoder"], ("MODEL.DETR.DROPOUT", 0.2), "detr_tiny"),
         (["backbone", "encoder"], (), "dino_tiny"),
         (["backbone"], TIMM, "detr_tiny"),
+        (["sampling"], (), "dino_tiny"),
+        (["encoder", "sampling"], (), "deformable_tiny"),
     ],
 )
 def test_gradients_are_equal_and_less_is_kept(parts, options, variant):

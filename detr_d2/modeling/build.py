@@ -59,6 +59,7 @@ def build_transformer(
     encoder_attention: str = "plain",
     encoder_position_scale: bool = False,
     recompute_encoder: bool = False,
+    recompute_sampling: bool = False,
     queries: str = "learned",
     query_content: str = "zero",
     reference_layers: int = 2,
@@ -95,7 +96,12 @@ def build_transformer(
     }.items():
         check_choice(key, name)
     attention: dict[str, Any] = {"hidden_dim": hidden_dim, "num_heads": num_heads}
-    deformable: dict[str, Any] = {**attention, "num_levels": num_levels, "num_points": num_points}
+    deformable: dict[str, Any] = {
+        **attention,
+        "num_levels": num_levels,
+        "num_points": num_points,
+        "recompute": recompute_sampling,
+    }
     layer: dict[str, Any] = {
         "hidden_dim": hidden_dim,
         "dim_feedforward": dim_feedforward,

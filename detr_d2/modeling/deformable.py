@@ -15,13 +15,28 @@ from torch import Tensor, nn
 
 from ..structures import Memory, QueryPosition
 from .attention import check_heads, located
+from .recompute import run as run_recomputed
 
 
 class DeformableAttention(nn.Module):
     """Each query looks at a few places about its reference, on every level (equation 3)."""
 
-    def __init__(self, hidden_dim: int, num_heads: int, num_levels: int, num_points: int):
+    def __init__(
+        self,
+        hidden_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        recompute: bool = False,
+    ):
+        """
+        Args:
+            num_levels: L.
+            num_points: P, of each head on each level.
+            recompute: activation checkpointing of the samples, see recompute.py.
+        """
         super().__init__()
+        self.recompute = recompute
         self.num_heads = check_heads(hidden_dim, num_heads)
         self.num_levels = num_levels
         self.num_points = num_points
@@ -68,12 +83,16 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
         value = self.value_proj(memory.tokens).masked_fill(memory.padding[..., None], 0)
-        attended = sample_levels(
+        inputs = (
             value.unflatten(-1, (self.num_heads, -1)),
             memory.level_shapes,
             self._locations(offsets, memory, reference),
             weights.unflatten(-1, samples[1:]),
         )
+        if self.recompute:
+            attended = run_recomputed(self, sample_levels, *inputs)
+        else:
+            attended = sample_levels(*inputs)
         return self.output_proj(attended.flatten(2))
 
     def _locations(self, offsets: Tensor, memory: Memory, reference: Tensor) -> Tensor:

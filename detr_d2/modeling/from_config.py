@@ -70,6 +70,7 @@ def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
         encoder_attention=detr.ENCODER_ATTENTION,
         encoder_position_scale=detr.ENCODER_POSITION_SCALE,
         recompute_encoder="encoder" in recomputed,
+        recompute_sampling="sampling" in recomputed,
         queries=detr.QUERIES,
         query_content=detr.QUERY_CONTENT,
         reference_layers=detr.REFERENCE_LAYERS,
@@ -168,9 +169,10 @@ def check_recomputed(parts: Sequence[str]) -> Sequence[str]:
         UserError: activation checkpointing of what cannot be computed again.
     """
     for part in parts:
-        if part not in ("backbone", "encoder"):
+        if part not in ("backbone", "encoder", "sampling"):
             raise UserError(
-                f"MODEL.ACTIVATION_CHECKPOINTING names {part!r}; it may have backbone and encoder."
+                f"MODEL.ACTIVATION_CHECKPOINTING names {part!r}; it may have backbone, encoder and "
+                "sampling."
             )
     return parts
 
