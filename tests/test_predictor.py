@@ -227,6 +227,22 @@ def test_what_is_no_image_is_refused(image, message):
         check_image(image)
 
 
-def test_grey_images_have_one_channel():
-    check_image(np.zeros((8, 8, 1), np.uint8), channels=1)
-    check_image(np.zeros((8, 8, 3), np.uint8))
+def test_models_of_grey_images_take_one_channel(tmp_path):
+    """And find what the model itself finds in the resized image; colours are refused."""
+    options = ("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [120.0], "MODEL.PIXEL_STD", [60.0])
+    cfg = tiny_cfg(*options, "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 128)
+    torch.manual_seed(0)
+    model = build_model(cfg).eval()
+    path = str(tmp_path / "grey.pth")
+    write_checkpoint(path, model.state_dict())
+    predictor = DetrPredictor(with_weights(cfg, path))
+    grey = np.random.default_rng(0).integers(0, 256, (64, 96, 1), dtype=np.uint8)
+    with torch.no_grad():
+        [expected] = model([{"image": torch.from_numpy(grey.transpose(2, 0, 1).copy())}])
+    found, expected = predictor(grey)["instances"], expected["instances"]
+    assert len(found) == len(expected) > 0
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+    boxes = found.pred_boxes.tensor, expected.pred_boxes.tensor
+    torch.testing.assert_close(*boxes, rtol=1e-4, atol=1e-3)
+    with pytest.raises(UserError, match=r"must be a uint8 array of shape \(height, width, 1\)"):
+        predictor(np.repeat(grey, 3, axis=2))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains every design of configs/DigitScenes for the same time and plots AP against minutes.
 
-    python tools/compare_designs.py --minutes 6 --picture docs/designs.png
+    python tools/compare_designs.py --minutes 6 --picture output/designs.png
 
 Trainings of as many minutes that are in the output folder already are not run again.
 """

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
+from detectron2.utils.logger import log_first_n
 
 from ..errors import UserError
 
@@ -142,13 +143,14 @@ def refuse_xyxy_given_as_xywh(dataset_dicts: list[dict], dataset_name: str = "")
 
 
 def report_faulty_annotations(dataset_dicts: list[dict], dataset_name: str) -> None:
-    """Warns of boxes of a data set to evaluate on which no detector can find."""
+    """Warns, once, of boxes of a data set to evaluate on which no detector can find."""
     if faults := find_faulty_annotations(dataset_dicts):
-        logger.warning(
+        message = (
             f"{len(faults)} faulty annotations in {_quoted(dataset_name)}, which is evaluated on: "
             "no detection can match them, so that they lower the figures; correct them or take "
             f"them out.{_listed(faults)}"
         )
+        log_first_n(logging.WARNING, message, key="message", name=logger.name)
 
 
 def check_annotations(

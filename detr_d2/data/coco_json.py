@@ -182,8 +182,8 @@ def _check_boxes(annotations: list[dict], json_file: str) -> None:
 def _check_numbers(annotations: list[dict], json_file: str) -> None:
     """Those that may be left out, but not be something else."""
     for index, annotation in enumerate(annotations):
-        for key, allowed in (("iscrowd", (0, 1, None)), ("ignore", (0, 1, None))):
-            if annotation.get(key) not in allowed:
+        for key in ("iscrowd", "ignore"):
+            if annotation.get(key) not in (0, 1, None):
                 _refuse(annotation, index, key, "0 or 1", json_file)
         if not isinstance(annotation.get("area", 0), (int, float, type(None))):
             _refuse(annotation, index, "area", "a number", json_file)
