@@ -16,6 +16,7 @@ from detr_d2.benchmark.models import contestants, random_inputs
 from detr_d2.benchmark.report import draw, machine, print_section, write_json
 from detr_d2.benchmark.timing import Timing, fitted_exponent, ratios, table, take_turns
 from detr_d2.errors import UserError
+from detr_d2.structures import LayerOutput
 
 from .helpers import tiny_cfg
 from .training import ROOT
@@ -142,3 +143,20 @@ def test_quick_jobs_against_transformers(job):
         for remark in section.remarks:
             if remark.startswith("Largest differences"):
                 assert "plain from transformers" in remark
+
+
+@pytest.mark.parametrize("kind", ["no masks", "masks", "masks at once", "train encoder"])
+def test_every_measurement_of_memory_has_its_model(kind, monkeypatch):
+    """Recipes of panoptic models train on a frozen detector, which these do not."""
+    monkeypatch.setattr(memory.segmentation, "CHUNK", memory.segmentation.CHUNK)
+    assert callable(memory._runner(kind, 64))
+
+
+def test_queries_in_another_order_are_the_same():
+    generator = torch.Generator().manual_seed(0)
+    plain = LayerOutput(
+        torch.rand(2, 5, 3, generator=generator), torch.rand(2, 5, 4, generator=generator)
+    )
+    order = torch.tensor([3, 0, 1, 4, 2])
+    again = jobs.in_the_order_of(plain, LayerOutput(plain.logits[:, order], plain.boxes[:, order]))
+    assert torch.equal(again.logits, plain.logits) and torch.equal(again.boxes, plain.boxes)

@@ -24,6 +24,7 @@ from ..errors import UserError, require_package
 from ..evaluation.coco_metrics import compute_coco_metrics
 from ..model_zoo import get_config
 from ..modeling import build_criterion
+from ..modeling.queries import TopKQueries
 from ..processor import fast_types, is_bfloat16_fast
 from ..structures import LayerOutput, Predictions
 from .memory import memory
@@ -78,6 +79,8 @@ def differences(model: nn.Module, foreign: nn.Module | None, inputs: list[dict])
         parts = []
         for dtype in fast_types():
             fast = optimize_for_inference(model, dtype).predict(inputs)[-1]
+            if isinstance(model.transformer.queries, TopKQueries):
+                fast = in_the_order_of(plain, fast)
             name = str(dtype).removeprefix("torch.")
             parts.append(
                 f"optimised {name}: logits {largest(fast.logits, plain.logits):.1e}, "
@@ -91,6 +94,14 @@ def differences(model: nn.Module, foreign: nn.Module | None, inputs: list[dict])
                 f"boxes {largest(plain.boxes, theirs.pred_boxes):.1e}"
             )
     return "Largest differences: " + "; ".join(parts) + "."
+
+
+def in_the_order_of(plain: LayerOutput, fast: LayerOutput) -> LayerOutput:
+    """Proposals of nearly equal scores are chosen in any order: each query of `plain` is compared
+    with the one whose box is nearest."""
+    nearest = torch.cdist(plain.boxes, fast.boxes, p=float("inf")).argmin(-1)[..., None]
+    logits = fast.logits.gather(1, nearest.expand(-1, -1, fast.logits.shape[-1]))
+    return LayerOutput(logits, fast.boxes.gather(1, nearest.expand(-1, -1, 4)))
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -116,6 +116,7 @@ def _runner(kind: str, side: int) -> Callable:
         return lambda: sum(model(inputs).values()).backward()
     segmentation.CHUNK = 1000 if kind == "masks at once" else segmentation.CHUNK
     cfg.MODEL.DETR.PANOPTIC.ENABLED, cfg.MODEL.MASK_ON = False, kind != "no masks"
+    cfg.MODEL.DETR.FROZEN_WEIGHTS = ""  # of its training
     return own_runner(build_model(cfg).eval(), inputs)
 
 
