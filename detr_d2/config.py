@@ -14,6 +14,10 @@ def add_detr_config(cfg: CfgNode) -> None:
     _add_model_keys(cfg)
     _add_input_keys(cfg)
     _add_solver_keys(cfg)
+    _add_test_keys(cfg)
+    if "FLOAT32_PRECISION" not in cfg:  # newer versions of detectron2 have it
+        # "high": GPUs multiply float32 matrices in TF32, several times as fast.
+        cfg.FLOAT32_PRECISION = ""
 
 
 def get_detr_cfg() -> CfgNode:
@@ -38,7 +42,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
     # For training masks on a frozen detector: a checkpoint of that detector.
     detr.FROZEN_WEIGHTS = ""
 
-    # Weights of the losses; the matching costs have the same.
+    # Weights of the box losses, and of the same terms in the matching cost.
     detr.GIOU_WEIGHT = 2.0
     detr.L1_WEIGHT = 5.0
     # Losses after every decoder layer instead of the last one only.
@@ -48,6 +52,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
 
     # With MODEL.MASK_ON: a pixel of greater probability belongs to the mask.
     cfg.MODEL.MASK_THRESHOLD = 0.5
+    # Weights of the masks' focal and dice loss.
     detr.MASK_WEIGHT = 1.0
     detr.DICE_WEIGHT = 1.0
     # Of the masks' logits, in pixels. Below the backbone's finest map, the image itself helps.
@@ -89,7 +94,7 @@ def _add_model_keys(cfg: CfgNode) -> None:
     cfg.MODEL.INFERENCE = CfgNode()
     # "torch", "openvino", "onnxruntime", or "none".
     cfg.MODEL.INFERENCE.BACKEND = "torch"
-    # "float32", or "bfloat16".
+    # "float32", "bfloat16", or on a GPU "float16".
     cfg.MODEL.INFERENCE.DTYPE = "float32"
     # Compile the model; every new image size may take minutes.
     cfg.MODEL.INFERENCE.COMPILE = False
@@ -163,6 +168,8 @@ def _add_part_keys(detr: CfgNode) -> None:
     # "softmax" with "no object"; "sigmoid" with focal loss; "varifocal": sigmoids that also say how
     # good the box is.
     detr.CLASSIFICATION = "softmax"
+    # Weight of positives in focal loss and matching cost; negatives have 1 - alpha. "varifocal":
+    # of the matching cost and the loss's negatives; its positives are weighted by their IoU.
     detr.FOCAL_ALPHA = 0.25
     # Weight of the classes in loss and matching cost.
     detr.CLASS_WEIGHT = 1.0
@@ -178,9 +185,11 @@ def _add_denoising_keys(detr: CfgNode) -> None:
     detr.DENOISING.NUM_GROUPS = 5
     # contrastive: about how many positives the image with the most objects has. 0: as above.
     detr.DENOISING.NUM_QUERIES = 100
-    # Probability of another label (contrastive: of half of them).
+    # Probability that a label is drawn anew; contrastive denoising takes half of it, as DINO does.
     detr.DENOISING.LABEL_NOISE = 0.2
-    # Largest shift, as a share of half the box's size.
+    # dn: largest shift of the centre in halves of the box's size, and largest change of the size as
+    # a share of it. contrastive: largest shift of a side, in halves of the box's size; of negatives
+    # up to twice that.
     detr.DENOISING.BOX_NOISE = 0.4
 
 
@@ -214,12 +223,27 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     # per step, so a recipe keeps its learning rate on a machine with less memory.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # With SOLVER.AMP.ENABLED: "float16" or "bfloat16"; CPUs have only "bfloat16".
-    # "auto": float16 on CUDA as in detectron2; bfloat16 elsewhere, but float32 on CPUs that are
-    # slower in bfloat16.
+    # "auto": bfloat16, but float16 on GPUs before Ampere, and float32 on CPUs that are slower in
+    # bfloat16.
     cfg.SOLVER.AMP.DTYPE = "auto"
     # Length of the training in epochs instead of SOLVER.MAX_ITER, and where the learning rate
     # drops instead of SOLVER.STEPS. None and []: iterations count.
     cfg.SOLVER.EPOCHS = None
     cfg.SOLVER.STEP_EPOCHS = []
+    # A checkpoint every so many epochs instead of SOLVER.CHECKPOINT_PERIOD iterations, and how many
+    # of them stay. 0: all.
+    cfg.SOLVER.CHECKPOINT_EPOCHS = None
+    cfg.SOLVER.MAX_CHECKPOINTS = 0
+
+
+def _add_test_keys(cfg: CfgNode) -> None:
     # Evaluation every so many epochs instead of TEST.EVAL_PERIOD iterations.
     cfg.TEST.EVAL_EPOCHS = None
+    # The weights of the evaluation with most of this stay as model_best.pth. "auto": bbox/AP, with
+    # masks segm/AP, of panoptic models panoptic_seg/PQ; "": of none.
+    cfg.TEST.BEST_METRIC = "auto"
+    # COCO's AP counts so many detections of an image and class; published figures are with 100.
+    # For images with more objects, along with TEST.DETECTIONS_PER_IMAGE and NUM_OBJECT_QUERIES.
+    cfg.TEST.MAX_EVALUATED_DETECTIONS = 100
+    # `DetrPredictor` leaves out what has a lower score. Evaluation needs everything.
+    cfg.TEST.SCORE_THRESHOLD = 0.0

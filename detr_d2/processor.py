@@ -7,6 +7,9 @@ import platform
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor, nn
+
+from .errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -15,8 +18,13 @@ def usable_device(device: str) -> str:
     """The device a config names, or the CPU where that is a GPU and there is none."""
     if not device.startswith("cuda") or torch.cuda.is_available():
         return device
-    logger.warning(f"No GPU is available: the device is the CPU, not {device!r}.")
+    other = ", though mps is there (MODEL.DEVICE mps, untested)" if has_mps() else ""
+    logger.warning(f"No CUDA GPU is available: the device is the CPU, not {device!r}{other}.")
     return "cpu"
+
+
+def has_mps() -> bool:
+    return torch.backends.mps.is_available()
 
 
 def is_bfloat16_fast() -> bool:
@@ -50,6 +58,38 @@ def autocast(
     if not enabled and not torch.amp.is_autocast_available(device_type):
         return nullcontext()
     return torch.autocast(device_type, dtype=dtype, enabled=enabled)
+
+
+def in_float32(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, computed in float32 inside an autocast, too."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return module(x).float()
+    with autocast(x.device.type, enabled=False):
+        return module(x.float())
+
+
+def has_bfloat16(device_type: str) -> bool:
+    """Whether a device is no slower in bfloat16 than in float32 (GPUs since Ampere)."""
+    if device_type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    return device_type != "cpu" or is_bfloat16_fast()
+
+
+def set_float32_precision(precision: str) -> None:
+    """Of matrix products on GPUs with TF32, as newer versions of detectron2 do by the same key.
+
+    Args:
+        precision: "highest", "high" (TF32), "medium" (bfloat16), or "": as it is.
+
+    Raises:
+        UserError: anything else.
+    """
+    if precision not in ("", "highest", "high", "medium"):
+        raise UserError(
+            f"FLOAT32_PRECISION is {precision!r}; it must be 'highest', 'high', 'medium' or ''."
+        )
+    if precision:
+        torch.set_float32_matmul_precision(precision)
 
 
 def fast_types() -> list[torch.dtype]:

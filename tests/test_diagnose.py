@@ -95,6 +95,19 @@ def test_module_iteration_rate_and_images_are_named(make_trainer, tmp_path):
     resumed.train()
 
 
+def test_lack_of_memory_is_explained(make_trainer, monkeypatch):
+    def full(*arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer.model, "forward", full)
+    with pytest.raises(UserError) as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert "memory is full at iteration 0, with 4 image(s) a forward pass" in message
+    assert "SOLVER.ACCUMULATION_STEPS" in message and message.endswith("allocate 2 GiB.")
+
+
 def test_infinite_image_is_blamed_on_the_first_layer(make_trainer):
     trainer = make_trainer()
     trainer.model.pixel_std.zero_()

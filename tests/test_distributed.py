@@ -14,7 +14,7 @@ from torch import nn
 from detr_d2.engine import DetrTrainer, Precision
 from detr_d2.engine.launch import argument_parser, run, run_in_group
 from detr_d2.engine.main import setup
-from detr_d2.engine.step import accumulate_gradients, distribute
+from detr_d2.engine.step import accumulate_gradients, distribute, share_statistics
 
 from .helpers import random_inputs, tiny_cfg
 from .training import command, environment, read_metrics, training_cfg, write_rectangles
@@ -103,6 +103,7 @@ def test_group_ends_with_its_process(tmp_path):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
     )
+    comm.create_local_process_group(1)
     seen = []
     try:
         run_in_group(lambda x: seen.append((x, torch.distributed.is_initialized())), 1)
@@ -110,6 +111,25 @@ def test_group_ends_with_its_process(tmp_path):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def evaluate_other_statistics(folder: str) -> None:
+    """Each process has statistics of its own until it evaluates."""
+    norm = nn.BatchNorm2d(3)
+    nn.init.constant_(norm.running_mean, comm.get_rank() + 1.0)
+    share_statistics(nn.Sequential(norm, nn.LayerNorm(3)))
+    torch.save(norm.running_mean, f"{folder}/{comm.get_rank()}.pth")
+
+
+def evaluate_other_statistics_in_two_processes(folder: str) -> None:
+    launch(run_in_group, 2, dist_url="auto", args=(evaluate_other_statistics, folder))
+
+
+def test_all_processes_evaluate_what_is_saved(tmp_path):
+    done = call("evaluate_other_statistics_in_two_processes", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"{rank}.pth").tolist() == [1.0, 1.0, 1.0]
 
 
 class PoisonLastProcess(HookBase):

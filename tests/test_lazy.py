@@ -15,9 +15,10 @@ from detr_d2 import model_zoo
 from detr_d2.data import classes_of
 from detr_d2.engine import lazy, main
 from detr_d2.engine.launch import argument_parser
+from detr_d2.engine.trainer import best_metric
 from detr_d2.errors import UserError
 
-from .training import unregistering
+from .training import unregistering, write_rectangles
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIRS = [
@@ -43,6 +44,12 @@ def test_same_model_and_recipe(name):
     assert python.optimizer.params.lr_factor_func.backbone == yaml.SOLVER.BACKBONE_MULTIPLIER
     assert python.train.max_gradient_norm == yaml.SOLVER.CLIP_GRADIENTS.CLIP_VALUE
     assert python.dataloader.train.total_batch_size == yaml.SOLVER.IMS_PER_BATCH
+    assert python.train.best_metric == best_metric(yaml)
+    if yaml.TEST.EVAL_EPOCHS:
+        per_epoch = 118287 / yaml.SOLVER.IMS_PER_BATCH
+        periods = python.train.eval_period, python.train.checkpointer.period
+        epochs = yaml.TEST.EVAL_EPOCHS, yaml.SOLVER.CHECKPOINT_EPOCHS
+        assert periods == tuple(pytest.approx(e * per_epoch, abs=2) for e in epochs)
     frozen = yaml.MODEL.DETR.FROZEN_WEIGHTS
     assert python.train.init_checkpoint == (frozen or yaml.MODEL.WEIGHTS)
     assert from_yaml.frozen_detector == from_python.frozen_detector == bool(frozen)
@@ -95,6 +102,7 @@ def test_same_training_and_evaluation(few_digits, tmp_path):
     by_yaml += f"""
         OUTPUT_DIR {tmp_path / "yaml"} MODEL.WEIGHTS {weights} SOLVER.MAX_ITER 4 SOLVER.STEPS ()
         SOLVER.WARMUP_ITERS 0 SOLVER.IMS_PER_BATCH 4 TEST.EVAL_PERIOD 0 DATALOADER.NUM_WORKERS 0
+        SOLVER.ACCUMULATION_STEPS 2
     """.split()
     main.train_or_evaluate(argument_parser().parse_args(by_yaml))
 
@@ -103,6 +111,7 @@ def test_same_training_and_evaluation(few_digits, tmp_path):
         train.output_dir={tmp_path / "python"} train.init_checkpoint={weights} train.max_iter=4
         lr_multiplier.scheduler.milestones=[3,4] lr_multiplier.scheduler.values=[1.0,1.0]
         lr_multiplier.warmup_length=0.0 dataloader.train.total_batch_size=4
+        dataloader.train.accumulation_steps=2
         dataloader.train.num_workers=0 dataloader.test.num_workers=0 train.eval_period=0
     """.split()
     lazy.train_or_evaluate(argument_parser().parse_args(by_python))
@@ -260,3 +269,37 @@ def test_a_seed_can_be_drawn(few_digits, tmp_path, seed):
     """.split()
     lazy.train_or_evaluate(argument_parser().parse_args(arguments))
     assert torch.load(tmp_path / "model_final.pth")["trainer"]["seed"] >= 0
+
+
+def test_own_data_and_the_best_weights(tmp_path):
+    """`--register` as of yaml configs; the best evaluation's weights stay, the evaluator's folder
+    is the one that is asked for."""
+    json_file, images = write_rectangles(tmp_path / "rectangles")
+    folder = tmp_path / "results"
+    arguments = [
+        *("--config-file", str(CONFIGS / "DigitScenes/detr_tiny.py")),
+        *("--register", f"mine={json_file}:{images}"),
+        *f"""
+        train.output_dir={tmp_path / "out"} train.max_iter=3 train.eval_period=2
+        train.checkpointer.period=1 train.checkpointer.max_to_keep=2
+        lr_multiplier.scheduler.milestones=[2,3] dataloader.train.num_workers=0
+        dataloader.train.dataset.names=mine dataloader.test.dataset.names=mine
+        dataloader.evaluator.dataset_name=mine dataloader.train.total_batch_size=2
+        model.criterion.num_classes=3 model.transformer.num_logits=4
+        +dataloader.evaluator.output_folder={folder} dataloader.test.num_workers=0
+    """.split(),
+    ]
+    with unregistering():
+        lazy.train_or_evaluate(argument_parser().parse_args(arguments))
+    known = json.loads((tmp_path / "out" / "model_best.json").read_text())
+    assert known["metric"] == "bbox/AP" and (tmp_path / "out" / "model_best.pth").exists()
+    names = sorted(path.name for path in (tmp_path / "out").glob("model_0*"))
+    assert names == ["model_0000001.pth", "model_0000002.pth"]
+    assert (folder / "per_class_ap.json").exists()
+
+
+def test_parts_that_do_not_go_together_are_refused_here_too():
+    config = LazyConfig.load(str(CONFIGS / "DigitScenes/detr_tiny.py"))
+    config.model.transformer.refinement = "detached"
+    with pytest.raises(UserError, match="REFINEMENT detached moves references, which BOX_HEAD abs"):
+        instantiate(config.model.transformer)

@@ -11,7 +11,8 @@ from torch import nn
 from detr_d2.engine import DetrTrainer, Precision
 from detr_d2.engine.step import accumulate_gradients
 from detr_d2.errors import UserError
-from detr_d2.processor import fast_types, is_bfloat16_fast
+from detr_d2.modeling.heads import PredictionHead
+from detr_d2.processor import fast_types, has_bfloat16, is_bfloat16_fast
 
 from .helpers import random_inputs, tiny_cfg
 from .training import read_metrics, registered_rectangles, training_cfg
@@ -34,15 +35,18 @@ def test_bfloat16_trains_on_a_cpu(tmp_path):
 
 
 def test_losses_are_float32():
-    """The layers compute in bfloat16, the criterion does not."""
+    """The layers compute in bfloat16, boxes and the criterion do not."""
     model = build_model(tiny_cfg()).train()
-    dtypes = set()
-    for module in model.modules():
+    dtypes, of_boxes = set(), set()
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+            seen = of_boxes if "box_head" in name else dtypes
+            module.register_forward_hook(
+                lambda m, inputs, output, seen=seen: seen.add(output.dtype)
+            )
     inputs = random_inputs([(64, 64), (64, 80)], [2, 0])
     losses = accumulate_gradients(model, [inputs], Precision("cpu", True, "bfloat16"))
-    assert dtypes == {torch.bfloat16}
+    assert dtypes == {torch.bfloat16} and of_boxes == {torch.float32}
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
@@ -94,6 +98,25 @@ def test_auto_is_what_the_cpu_is_fast_in(is_fast, monkeypatch, caplog):
     assert str(Precision("cuda", enabled=True, dtype="bfloat16")) == "bfloat16"
     Precision("cpu", enabled=False)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_auto_is_bfloat16_on_gpus_that_have_it(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert has_bfloat16("cuda") == (dtype == "bfloat16")
+    assert str(Precision("cuda", enabled=True)) == dtype
+
+
+def test_boxes_are_made_in_float32():
+    """Inside an autocast, too: above 0.5 bfloat16 is as coarse as 1/256 of the image."""
+    head = PredictionHead(8, 3)
+    content = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    expected = head(content).boxes
+    with torch.autocast("cpu", torch.bfloat16):
+        output = head(content)
+    assert output.logits.dtype == torch.bfloat16 and output.boxes.dtype == torch.float32
+    torch.testing.assert_close(output.boxes, expected, rtol=0, atol=1e-6)
 
 
 def test_speed_of_bfloat16_is_what_the_instructions_say():

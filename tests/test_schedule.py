@@ -18,8 +18,10 @@ def test_epochs_become_iterations():
     """1,000 images in batches of 16 are 62.5 iterations per epoch."""
     cfg = make_cfg(
         *("SOLVER.EPOCHS", 10.0, "SOLVER.STEP_EPOCHS", [6, 8.0], "TEST.EVAL_EPOCHS", 0.5),
+        *("SOLVER.CHECKPOINT_EPOCHS", 2),
     )
     resolved = resolve_epochs(cfg, num_images=1000)
+    assert (resolved.SOLVER.CHECKPOINT_PERIOD, resolved.SOLVER.CHECKPOINT_EPOCHS) == (125, None)
     assert resolved.SOLVER.MAX_ITER == 625
     assert tuple(resolved.SOLVER.STEPS) == (375, 500)
     assert resolved.TEST.EVAL_PERIOD == 31
@@ -78,6 +80,8 @@ def test_a_drop_after_the_end_is_refused():
     [
         ("SOLVER.EPOCHS", "abc", "EPOCHS is 'abc'; it must be a number"),
         ("SOLVER.EPOCHS", -1, "EPOCHS is -1; it must be a number"),
+        ("SOLVER.EPOCHS", 0, "EPOCHS is 0; it must be a number of epochs, more than 0"),
+        ("SOLVER.CHECKPOINT_EPOCHS", "x", "CHECKPOINT_EPOCHS is 'x'"),
         ("TEST.EVAL_EPOCHS", float("nan"), "EVAL_EPOCHS is nan"),
         ("SOLVER.STEP_EPOCHS", [1, "b"], "STEP_EPOCHS is 'b'"),
     ],

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import subprocess
 import sys
 from functools import partial
@@ -28,6 +29,7 @@ from detr_d2.engine.main import (
     warn_about_output,
 )
 from detr_d2.errors import UserError
+from detr_d2.processor import set_float32_precision
 
 from .helpers import tiny_cfg
 from .training import (
@@ -275,10 +277,13 @@ def test_unknown_data_set(config):
 def test_data_set_without_objects(config, tmp_path):
     json_file, images = write_rectangles(tmp_path / "empty", num_images=2)
     content = json.loads(Path(json_file).read_text())
-    for change in ({"images": [], "annotations": []}, {"annotations": []}):
-        Path(json_file).write_text(json.dumps({**content, **change}))
-        message = fail("--config-file", config, "--register", f"train={json_file}:{images}")
-        assert json_file in message
+    Path(json_file).write_text(json.dumps({**content, "images": [], "annotations": []}))
+    message = fail("--config-file", config, "--register", f"train={json_file}:{images}")
+    assert json_file in message
+    Path(json_file).write_text(json.dumps({**content, "annotations": []}))
+    register = ("--register", f"train={json_file}:{images}")
+    message = fail("--config-file", config, *register, "DATASETS.TEST", ())
+    assert "DATASETS.TRAIN (train) has no object to train on" in message
 
 
 def test_train_and_val_with_other_classes(config, data, tmp_path):
@@ -344,7 +349,11 @@ def test_images_may_be_missing_only_for_training(monkeypatch):
         lambda name, *_, allow_missing_images: registered.update({name: allow_missing_images}),
     )
     cfg = tiny_cfg("INPUT.SKIP_UNREADABLE_IMAGES", True, "DATASETS.TEST", ("v",))
-    register_datasets(cfg, ["t=t.json:images", "v=v.json:images"])
+    register_datasets(
+        ["t=t.json:images", "v=v.json:images"],
+        cfg.DATASETS.TEST,
+        cfg.INPUT.SKIP_UNREADABLE_IMAGES,
+    )
     assert registered == {"t": True, "v": False}
 
 
@@ -469,10 +478,52 @@ def test_iterations_on_the_command_line_come_before_epochs_of_the_file():
     cfg = load_config(base, ["SOLVER.MAX_ITER", "100", "TEST.EVAL_PERIOD", "10"])
     assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.TEST.EVAL_EPOCHS) == (None, [], None)
     assert cfg.SOLVER.STEPS == ()  # and not detectron2's drop after 30,000
+    assert cfg.SOLVER.CHECKPOINT_EPOCHS == 10
+    cfg = load_config(base, ["SOLVER.CHECKPOINT_PERIOD", "7"])
+    assert (cfg.SOLVER.CHECKPOINT_EPOCHS, cfg.SOLVER.CHECKPOINT_PERIOD) == (None, 7)
     cfg = load_config(base, ["SOLVER.MAX_ITER", "100", "SOLVER.STEPS", "(60,)"])
     assert cfg.SOLVER.STEPS == (60,)
     with pytest.raises(UserError, match="SOLVER.STEPS counts iterations, but SOLVER.EPOCHS is 500"):
         load_config(base, ["SOLVER.STEPS", "(10,)"])
+
+
+def test_keys_of_other_models_are_named(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+    base = str(ROOT / "configs" / "Base-DETR.yaml")
+    given = {
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": "0.5",
+        "MODEL.RETINANET.NUM_CLASSES": "3",
+        "TEST.AUG.ENABLED": "True",
+        "TEST.SCORE_THRESHOLD": "0.4",
+    }
+    load_config(base, [text for pair in given.items() for text in pair])
+    messages = [record.getMessage() for record in caplog.records]
+    first, second, third = [m for m in messages if "is for other models" in m]
+    assert "SCORE_THRESH_TEST is for other models" in first and "TEST.SCORE_THRESHOLD" in first
+    assert "RETINANET.NUM_CLASSES is for" in second and "give MODEL.DETR.NUM_CLASSES" in second
+    assert third.endswith("TEST.AUG.ENABLED is for other models, it changes nothing here.")
+
+
+def test_float32_precision_is_set(monkeypatch):
+    """On GPUs with TF32; detectron2's newer versions have the same key."""
+    given = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", given.append)
+    for precision in ("", "high"):
+        set_float32_precision(precision)
+    assert given == ["high"]
+    with pytest.raises(UserError, match="FLOAT32_PRECISION is 'tf32'; it must be"):
+        set_float32_precision("tf32")
+
+
+def test_expected_results_are_verified(config, register, tmp_path):
+    """detectron2's TEST.EXPECTED_RESULTS; what is not reached ends the program."""
+    options = ("SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()", "DATASETS.TEST", "()")
+    call("--config-file", config, *register, *options)
+    weights = ("MODEL.WEIGHTS", tmp_path / "out" / "model_final.pth")
+    evaluate = ("--config-file", config, *register, "--eval-only", *weights)
+    call(*evaluate, "TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 0.0, 100.0]]")
+    with pytest.raises(SystemExit):
+        call(*evaluate, "TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 300.0, 1.0]]")
 
 
 def test_evaluation_takes_the_trained_weights_of_the_zoo():

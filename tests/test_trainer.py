@@ -13,8 +13,10 @@ from torch import nn
 
 from detr_d2.data.loader import build_train_loader
 from detr_d2.engine import DetrTrainer, Precision, StepTrainer
+from detr_d2.engine.diagnose import DivergedError
 from detr_d2.engine.step import accumulate_gradients
 from detr_d2.errors import UserError
+from detr_d2.structures import Predictions
 
 from .helpers import random_inputs, tiny_cfg
 from .training import read_metrics, registered_rectangles, training_cfg
@@ -221,8 +223,9 @@ def test_a_failed_last_step_is_not_evaluated():
     """detectron2 takes the last iteration for the end, however it ended."""
     trainer, evaluated = step_trainer(Linear(slope=(float("nan"), 1.0))), []
     trainer.register_hooks([hooks.EvalHook(0, lambda: evaluated.append(1))])
-    trainer.model.predict_all = lambda batch, targets: None
-    with pytest.raises(Exception, match="."):
+    trainer.model.prepare_targets = lambda batch: None
+    trainer.model.predict_all = lambda batch, targets: Predictions([])
+    with pytest.raises(DivergedError, match="iteration 0, .*: the loss is not finite"):
         trainer.train(0, 1)
     assert evaluated == []
     trainer = step_trainer(Linear())
@@ -243,6 +246,10 @@ def test_random_numbers_of_a_step_depend_on_seed_and_iteration():
     assert weight_after(3, (0, 2), (2, 5)) == expected
     assert weight_after(4, (0, 5)) != expected
     assert weight_after(3, (0, 2), (0, 3)) != expected
+    # Processes draw other numbers, too: dropout would be the same everywhere.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("detr_d2.engine.step.comm.get_rank", lambda: 1)
+        assert weight_after(3, (0, 5)) != expected
 
 
 def test_gradient_scaler_is_restored():

@@ -107,8 +107,10 @@ train = dict(
     seed=0,
     max_gradient_norm=0.1,
     amp=dict(enabled=False, dtype="auto"),
-    checkpointer=dict(period=5000),
+    float32_precision="",
+    checkpointer=dict(period=18482, max_to_keep=None),
     eval_period=18482,
+    best_metric="bbox/AP",
     log_period=20,
     device="cuda",
 )

@@ -106,20 +106,12 @@ class DetrCheckpointer(DetectionCheckpointer):
         """As the base class's: goes on from the last checkpoint of `save_dir`, where there is one.
 
         Raises:
-            UserError: see `load` and `last_checkpoint`; also when the last checkpoint is another
-                trainer's, of whose state nothing is known.
+            UserError: see `load` and `last_checkpoint`.
         """
         file = self.last_checkpoint() if resume else None
         if file is None:
             return super().resume_or_load(path, resume=False)
-        checkpoint = self.load(file)
-        if "package" not in checkpoint and self.checkpointables:
-            raise UserError(
-                f"'{file}' was not written by this package's trainers, and holds no state that a "
-                f"training could go on from: start anew with MODEL.WEIGHTS {file} and without "
-                "--resume."
-            )
-        return checkpoint
+        return self.load(file, checkpointables=list(self.checkpointables) or None)
 
     def last_checkpoint(self) -> str | None:
         """The file that ``--resume`` goes on from; None where no training has saved one.
@@ -146,32 +138,37 @@ class DetrCheckpointer(DetectionCheckpointer):
         return file
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Loads weights, and from a checkpoint of this package the checkpointables too.
+        """Loads weights, and from a training of this package the checkpointables too.
 
         Args:
             path: see `read_checkpoint`; empty to load nothing.
-            checkpointables: names to restore; None for all, which is how training is resumed. The
-                weights must then fit exactly.
+            checkpointables: names to restore, which must be there; None for all that are. With any
+                of them the weights must fit exactly.
 
         Returns:
             what the checkpoint holds besides, ``class_names`` and ``config`` among it.
 
         Raises:
             UserError: see `read_checkpoint` and `fit_checkpoint`; also when training is to go on
-                from weights that do not fit exactly, or with an optimizer of other groups.
+                from weights alone or such that do not fit exactly, or with an optimizer of other
+                groups.
         """
         if not path:
             logger.warning("MODEL.WEIGHTS is empty: the whole model is at its initial value.")
             return {}
-        resuming = checkpointables is None
+        resuming = checkpointables != []
         report, checkpoint = load_weights(
             self.model, path, self.class_names, self.new_class_head and not resuming
         )
         self.report = report
-        if "package" not in checkpoint:
-            return checkpoint
-        wanted = self.checkpointables if resuming else checkpointables
-        restored = [name for name in wanted if name in checkpoint]
+        wanted = list(self.checkpointables) if checkpointables is None else checkpointables
+        # A foreign file's "optimizer" is not ours.
+        restored = [name for name in wanted if name in checkpoint and "package" in checkpoint]
+        if checkpointables and restored != wanted:
+            raise UserError(
+                f"'{path}' holds weights, but not the state of a training of this package that "
+                f"could go on: start anew with MODEL.WEIGHTS {path} and without --resume."
+            )
         if restored and not report.exact:
             raise UserError(
                 f"Training cannot go on from '{path}': its weights do not fit the model exactly "
@@ -202,16 +199,28 @@ class DetrCheckpointer(DetectionCheckpointer):
         Args:
             name: of the file, without ``.pth``.
             kwargs: further plain values to save.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: obj.state_dict() for key, obj in self.checkpointables.items()}
+        self.save_weights(name, **states, **kwargs)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, **kwargs: Any) -> None:
+        """Writes ``name``.pth without the state of the training, beside the last checkpoint.
+
+        Args, Raises: as of `save`.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
-        data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         data |= metadata_of(self.class_names, self.config) | kwargs
         file = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", file)
         write_atomically(file, lambda stream: torch.save(data, stream))
-        self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Makes a file of ``save_dir`` the one that ``--resume`` goes on from."""

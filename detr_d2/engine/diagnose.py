@@ -1,4 +1,4 @@
-"""What to say when a loss is not finite."""
+"""What to say when a loss is not finite, or a GPU's memory is full."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import Tensor, nn
 
@@ -43,6 +44,25 @@ def explain_non_finite(
     )
 
 
+def explain_lack_of_memory(
+    trainer: StepTrainer, batches: Sequence[list[dict[str, Any]]], error: Exception
+) -> NoReturn:
+    """Stops the training with what the step was made of, and with the keys that make it smaller.
+
+    Raises:
+        UserError: always.
+    """
+    sizes = [tuple(image["image"].shape[-2:]) for batch in batches for image in batch]
+    objects = [len(image["instances"]) for batch in batches for image in batch]
+    raise UserError(
+        f"The GPU's memory is full at iteration {trainer.iter}, with {len(batches[0])} image(s) a "
+        f"forward pass, the largest of {max(sizes, key=lambda s: s[0] * s[1])} pixels (height, "
+        f"width), and up to {max(objects)} objects in one: raise SOLVER.ACCUMULATION_STEPS, which "
+        "changes no gradient, set MODEL.ACTIVATION_CHECKPOINTING \"['backbone', 'encoder']\", or "
+        f"lower INPUT.MAX_SIZE_TRAIN. PyTorch says: {str(error).splitlines()[0]}"
+    ) from error
+
+
 def find_non_finite_module(
     model: nn.Module, batches: Sequence[list[dict[str, Any]]], precision: Precision
 ) -> str | None:
@@ -50,7 +70,8 @@ def find_non_finite_module(
     # Not the distributed wrapper, the criterion, nor the statistics of synchronised norms: they
     # would wait for the other processes.
     model = getattr(model, "module", model)
-    synchronised = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    kinds = nn.SyncBatchNorm, NaiveSyncBatchNorm
+    synchronised = [m for m in model.modules() if isinstance(m, kinds) and m.training]
     for norm in synchronised:
         norm.eval()
     try:

@@ -51,7 +51,10 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
             args=(args,) if alone else (main, args),
         )
     except KeyboardInterrupt:
-        print("Interrupted. --resume goes on from the last checkpoint.", file=sys.stderr)
+        print(
+            "Interrupted. --resume goes on from the last checkpoint, if one was saved.",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except UserError as error:
         sys.exit(f"error: {one_line(error)}")
@@ -86,13 +89,13 @@ def check_num_gpus(num_gpus: int) -> None:
 
 
 def run_in_group(main: Callable[..., Any], *args: Any) -> None:
-    """`main(*args)`, then the end of the process group that `detectron2.engine.launch` has begun:
-    its threads, alive while Python ends, now and then abort the process. Not after an error, as
-    ending a group may wait for processes that still work.
+    """Runs `main(*args)` in one of several processes, then destroys the process group: its threads,
+    if left alive, sometimes abort Python at exit. Not after an error, since that could wait for
+    processes still at work.
 
-    Processes on CPUs share the cores; each would take all of them.
+    The processes share the cores; by default each would use all of them.
     """
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(torch.get_num_threads() // comm.get_local_size(), 1))
     main(*args)
     distributed.destroy_process_group()

@@ -22,13 +22,20 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from ..checkpoint import DetrCheckpointer
-from ..data import classes_of, parse_register_argument, register_coco_dataset
+from ..data import classes_of
 from ..data.classes import names_of
 from ..errors import UserError
-from ..processor import usable_device
-from .main import blaming_output, last_checkpoint, shorten_user_error, warn_about_output
+from ..processor import set_float32_precision, usable_device
+from .hooks import BestCheckpointer
+from .main import (
+    blaming_output,
+    last_checkpoint,
+    register_datasets,
+    shorten_user_error,
+    warn_about_output,
+)
 from .precision import Precision
-from .step import StepTrainer
+from .step import StepTrainer, share_statistics
 from .trainer import refuse_untrained_detector
 
 _MISSING = object()
@@ -58,7 +65,11 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
 
 
 def setup(args: argparse.Namespace) -> Any:
-    """The config of a command line; starts logging and registers `--register`ed data."""
+    """The config of a command line; starts logging and registers `--register`ed data.
+
+    Raises:
+        UserError: a wrong file, key or number.
+    """
     if not os.path.isfile(args.config_file):
         raise UserError(f"--config-file {args.config_file!r} does not exist.")
     try:
@@ -76,9 +87,11 @@ def setup(args: argparse.Namespace) -> Any:
     with blaming_output("train.output_dir", cfg.train.output_dir):
         default_setup(saved, args)
         setup_logger(saved.train.output_dir, distributed_rank=comm.get_rank(), name="detr_d2")
+    set_float32_precision(cfg.train.get("float32_precision") or "")
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     evaluator = cfg.dataloader.evaluator
-    evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
+    if OmegaConf.select(evaluator, "output_folder") is None:
+        evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
     tested = names_of(cfg.dataloader.test) or [evaluator.dataset_name]
     if tested != [evaluator.dataset_name]:
         raise UserError(
@@ -86,10 +99,7 @@ def setup(args: argparse.Namespace) -> Any:
             f"{evaluator.dataset_name!r}: name the same data set in both."
         )
     skips = OmegaConf.select(cfg, "dataloader.train.mapper.skip_unreadable_images", default=False)
-    for argument in args.register:
-        name, annotations, folder = parse_register_argument(argument)
-        may_miss = skips and name not in tested
-        register_coco_dataset(name, annotations, folder, allow_missing_images=may_miss)
+    register_datasets(args.register, tested, skips)
     trained = [] if args.eval_only else names_of(cfg.dataloader.train)
     check_num_classes(cfg, [*trained, *tested])
     return cfg
@@ -124,7 +134,11 @@ def check_overrides(cfg: Any, overrides: Sequence[str]) -> None:
 
 
 def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
-    """Trains `model`, from `train.init_checkpoint` or where the last training stopped."""
+    """Trains `model`, from `train.init_checkpoint` or where the last training stopped.
+
+    Raises:
+        UserError: a frozen detector without its weights, or what stops any training.
+    """
     for part in (cfg.dataloader.test, cfg.dataloader.evaluator):
         instantiate(part)  # what cannot be evaluated is said now, not hours later
     config = LazyConfig.to_py(cfg)  # before the model itself becomes a part of it
@@ -159,10 +173,13 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            hooks.PeriodicCheckpointer(checkpointer, cfg.train.checkpointer.period)
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
             if main_process
             else None,
             hooks.EvalHook(cfg.train.eval_period, test),
+            BestCheckpointer(checkpointer, cfg.train.best_metric)
+            if cfg.train.eval_period and cfg.train.get("best_metric")
+            else None,
             hooks.PeriodicWriter(writers, period=cfg.train.log_period) if main_process else None,
         ]
     )
@@ -182,6 +199,7 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
 def evaluate(cfg: Any, model: nn.Module) -> dict:
     """Metrics of `model` on `dataloader.test`."""
     loader = instantiate(cfg.dataloader.test)
+    share_statistics(model)
     results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():
         print_csv_format(results)

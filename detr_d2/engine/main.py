@@ -32,7 +32,7 @@ from ..deploy import (
 )
 from ..errors import UserError
 from ..model_zoo import trained_weights
-from ..processor import usable_device
+from ..processor import set_float32_precision, usable_device
 from .launch import one_line
 from .predictor import DetrPredictor
 from .trainer import DetrTrainer, build_checkpointer
@@ -59,7 +59,11 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """Starts logging, registers `--register`ed data; the command line's config, checked, frozen."""
+    """Starts logging, registers `--register`ed data; the command line's config, checked, frozen.
+
+    Raises:
+        UserError: a wrong file, key or number.
+    """
     cfg = load_config(args.config_file, args.opts)
     if args.eval_only and not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name at least one data set to evaluate on.")
@@ -68,12 +72,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
     with blaming_output("OUTPUT_DIR", cfg.OUTPUT_DIR):
         folder = place_of_config(cfg, args.eval_only).OUTPUT_DIR
         setup_logger(folder, distributed_rank=comm.get_rank(), name="detr_d2")
-    register_datasets(cfg, args.register)
+    register_datasets(args.register, cfg.DATASETS.TEST, cfg.INPUT.SKIP_UNREADABLE_IMAGES)
     training_names = () if args.eval_only else cfg.DATASETS.TRAIN
     cfg = settle_num_classes(cfg, [*training_names, *cfg.DATASETS.TEST])
     cfg.freeze()
     with blaming_output("OUTPUT_DIR", cfg.OUTPUT_DIR):
         default_setup(place_of_config(cfg, args.eval_only), args)
+    set_float32_precision(cfg.FLOAT32_PRECISION)
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     return cfg
 
@@ -112,12 +117,19 @@ def warn_about_output(checkpointer: DetrCheckpointer, resume: bool) -> None:
         )
 
 
-def register_datasets(cfg: CfgNode, arguments: Sequence[str]) -> None:
+def register_datasets(
+    arguments: Sequence[str], test_names: Sequence[str], skip_unreadable: bool
+) -> None:
     """Registers every `--register NAME=annotations.json:image_dir`. Only for training may images be
-    missing."""
+    missing.
+
+    Args:
+        test_names: of the data sets to evaluate on.
+        skip_unreadable: whether a training leaves out images that cannot be read.
+    """
     for argument in arguments:
         name, annotations, folder = parse_register_argument(argument)
-        may_miss = cfg.INPUT.SKIP_UNREADABLE_IMAGES and name not in cfg.DATASETS.TEST
+        may_miss = skip_unreadable and name not in test_names
         register_coco_dataset(name, annotations, folder, allow_missing_images=may_miss)
 
 
@@ -149,6 +161,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         ) from error
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     check_names(cfg)
+    warn_of_unread_keys(overrides[::2])
     prefer_iterations(cfg, overrides[::2])
     return cfg
 
@@ -179,6 +192,35 @@ def check_keys(cfg: CfgNode, keys: Sequence[str]) -> None:
                 raise UserError(f"The command line: {key} is a group of keys: name one of them.")
 
 
+# Groups of detectron2's keys that are of its other models, and what does here what they do there.
+UNREAD_KEYS = {
+    "MODEL.ROI_HEADS.NUM_CLASSES": "MODEL.DETR.NUM_CLASSES, which may stay 0: the data tells it",
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": "TEST.SCORE_THRESHOLD, which DetrPredictor reads",
+    "MODEL.RETINANET.NUM_CLASSES": "MODEL.DETR.NUM_CLASSES, which may stay 0: the data tells it",
+    "MODEL.RETINANET.SCORE_THRESH_TEST": "TEST.SCORE_THRESHOLD, which DetrPredictor reads",
+    **dict.fromkeys(
+        (
+            *("MODEL.ANCHOR_GENERATOR", "MODEL.PROPOSAL_GENERATOR", "MODEL.RPN", "MODEL.RETINANET"),
+            *("MODEL.ROI_HEADS", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_BOX_CASCADE_HEAD"),
+            *("MODEL.ROI_MASK_HEAD", "MODEL.ROI_KEYPOINT_HEAD", "MODEL.KEYPOINT_ON"),
+            *("MODEL.SEM_SEG_HEAD", "MODEL.PANOPTIC_FPN", "TEST.AUG"),
+        ),
+        "",
+    ),
+}
+
+
+def warn_of_unread_keys(overridden: Sequence[str]) -> None:
+    """Names keys of the command line that change nothing here, as detectron2 has them for its
+    other models."""
+    for key in overridden:
+        for unread, instead in UNREAD_KEYS.items():
+            if key == unread or key.startswith(f"{unread}."):
+                advice = f": give {instead}" if instead else ""
+                logger.warning(f"{key} is for other models, it changes nothing here{advice}.")
+                break
+
+
 def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:
     """Iterations given on the command line come before epochs from the file.
 
@@ -196,6 +238,8 @@ def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:
                     "unless SOLVER.STEPS says when."
                 )
         cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS = None, []
+    if "SOLVER.CHECKPOINT_PERIOD" in overridden and "SOLVER.CHECKPOINT_EPOCHS" not in overridden:
+        cfg.SOLVER.CHECKPOINT_EPOCHS = None
     if "TEST.EVAL_PERIOD" in overridden and "TEST.EVAL_EPOCHS" not in overridden:
         cfg.TEST.EVAL_EPOCHS = None
     if "SOLVER.STEPS" in overridden and cfg.SOLVER.EPOCHS:
@@ -208,7 +252,8 @@ def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:
 def check_names(cfg: CfgNode) -> None:
     """
     Raises:
-        UserError: a device, model or backbone that does not exist, instead of a KeyError later.
+        UserError: a device, model or backbone that does not exist, or CPU processes on a machine
+            that shows GPUs.
     """
     if cfg.MODEL.META_ARCHITECTURE != "Detr":
         raise UserError(

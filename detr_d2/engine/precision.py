@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..errors import UserError
-from ..processor import autocast, is_bfloat16_fast
+from ..processor import autocast, has_bfloat16, is_bfloat16_fast
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,9 @@ class Precision:
     def __init__(self, device: torch.device | str, enabled: bool = False, dtype: str = "auto"):
         """
         Args:
-            dtype: "float16", "bfloat16", or "auto": float16 on CUDA, as in detectron2; bfloat16
-                elsewhere, and float32 on CPUs that would be slower in bfloat16.
+            dtype: "float16", "bfloat16", or "auto": bfloat16, which needs no scaling and overflows
+                no sooner than float32, but float16 on GPUs before Ampere, and float32 on CPUs that
+                would be slower in bfloat16.
 
         Raises:
             UserError: an unknown type, or float16 on a CPU.
@@ -33,7 +34,8 @@ class Precision:
         self.device_type = torch.device(device).type
         automatic = dtype == "auto"
         if automatic:
-            dtype = "float16" if self.device_type == "cuda" else "bfloat16"
+            is_old_gpu = self.device_type == "cuda" and not has_bfloat16("cuda")
+            dtype = "float16" if is_old_gpu else "bfloat16"
         if dtype not in ("float16", "bfloat16"):
             raise UserError(f"SOLVER.AMP.DTYPE is {dtype!r}; it must be auto, float16 or bfloat16.")
         if enabled and dtype == "float16" and self.device_type == "cpu":

@@ -14,9 +14,9 @@ from ..errors import UserError
 def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
     """The config with epochs turned into iterations over `num_images` training images.
 
-    `SOLVER.EPOCHS` becomes `SOLVER.MAX_ITER`, `SOLVER.STEP_EPOCHS` becomes `SOLVER.STEPS` and
-    `TEST.EVAL_EPOCHS` becomes `TEST.EVAL_PERIOD`; the epoch keys go back to their defaults, so
-    the result says each thing once.
+    `SOLVER.EPOCHS` becomes `SOLVER.MAX_ITER`, `SOLVER.STEP_EPOCHS` `SOLVER.STEPS`,
+    `SOLVER.CHECKPOINT_EPOCHS` `SOLVER.CHECKPOINT_PERIOD` and `TEST.EVAL_EPOCHS` `TEST.EVAL_PERIOD`;
+    the epoch keys go back to their defaults, so the result says each thing once.
 
     Raises:
         UserError: drops of the learning rate without a length in epochs, or after it; what is no
@@ -25,6 +25,7 @@ def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
     solver = cfg.SOLVER
     check_numbers("SOLVER.EPOCHS", [solver.EPOCHS])
     check_numbers("SOLVER.STEP_EPOCHS", solver.STEP_EPOCHS)
+    check_numbers("SOLVER.CHECKPOINT_EPOCHS", [solver.CHECKPOINT_EPOCHS])
     check_numbers("TEST.EVAL_EPOCHS", [cfg.TEST.EVAL_EPOCHS])
     if solver.STEP_EPOCHS and not solver.EPOCHS:
         raise UserError("SOLVER.STEP_EPOCHS needs SOLVER.EPOCHS, which is not set.")
@@ -33,12 +34,13 @@ def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
             f"SOLVER.STEP_EPOCHS {list(solver.STEP_EPOCHS)} must come before the training ends "
             f"(SOLVER.EPOCHS {solver.EPOCHS})."
         )
-    if not solver.EPOCHS and not cfg.TEST.EVAL_EPOCHS:
+    if not (solver.EPOCHS or solver.CHECKPOINT_EPOCHS or cfg.TEST.EVAL_EPOCHS):
         return cfg
     if num_images is None:
         raise UserError(
-            "SOLVER.EPOCHS and TEST.EVAL_EPOCHS need the number of images, which this training's "
-            "loader does not tell: set SOLVER.MAX_ITER and TEST.EVAL_PERIOD."
+            "SOLVER.EPOCHS, SOLVER.CHECKPOINT_EPOCHS and TEST.EVAL_EPOCHS need the number of "
+            "images, which this training's loader does not tell: set SOLVER.MAX_ITER, "
+            "SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD."
         )
     per_epoch = num_images / solver.IMS_PER_BATCH
 
@@ -50,9 +52,11 @@ def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
     if solver.EPOCHS:
         resolved.SOLVER.MAX_ITER = iterations(solver.EPOCHS)
         resolved.SOLVER.STEPS = tuple(iterations(e) for e in solver.STEP_EPOCHS)
+    if solver.CHECKPOINT_EPOCHS:
+        resolved.SOLVER.CHECKPOINT_PERIOD = iterations(solver.CHECKPOINT_EPOCHS)
     if cfg.TEST.EVAL_EPOCHS:
         resolved.TEST.EVAL_PERIOD = iterations(cfg.TEST.EVAL_EPOCHS)
-    resolved.SOLVER.EPOCHS = resolved.TEST.EVAL_EPOCHS = None
+    resolved.SOLVER.EPOCHS = resolved.SOLVER.CHECKPOINT_EPOCHS = resolved.TEST.EVAL_EPOCHS = None
     resolved.SOLVER.STEP_EPOCHS = []
     if cfg.is_frozen():
         resolved.freeze()
@@ -65,6 +69,6 @@ def check_numbers(key: str, values: Sequence[Any]) -> None:
         UserError: one of a key's values is neither None nor a number of epochs.
     """
     for value in values:
-        if value is None or (isinstance(value, (int, float)) and 0 <= value < math.inf):
+        if value is None or (isinstance(value, (int, float)) and 0 < value < math.inf):
             continue
-        raise UserError(f"{key} is {value!r}; it must be a number of epochs, 0 or more.")
+        raise UserError(f"{key} is {value!r}; it must be a number of epochs, more than 0.")

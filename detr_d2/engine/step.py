@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import ResumableBatchSampler, derive_seed
-from .diagnose import explain_non_finite
+from .diagnose import explain_lack_of_memory, explain_non_finite
 from .precision import Precision
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,11 @@ class StepTrainer(TrainerBase):
         self.is_stepping = False
 
     def watch_scale(self, batches: Sequence[Batch]) -> None:
-        """Raises DivergedError where float16 skips step after step: each halves the scale."""
+        """Stops float16 that skips step after step: each halves the scale.
+
+        Raises:
+            DivergedError: hardly any scale is left.
+        """
         if not self.precision.scaler.is_enabled() or self.iter % SCALE_PERIOD:
             return
         scale = self.precision.scaler.get_scale()
@@ -146,11 +150,18 @@ class StepTrainer(TrainerBase):
             )
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Losses of the step, detached; raises DivergedError where they are not finite."""
+        """Losses of the step, detached.
+
+        Raises:
+            DivergedError: they are not finite.
+            UserError: the GPU's memory is full.
+        """
         try:
             losses = accumulate_gradients(self.model, batches, self.precision)
         except FloatingPointError as error:
             explain_non_finite(self, batches, str(error).rstrip("."))
+        except torch.cuda.OutOfMemoryError as error:
+            explain_lack_of_memory(self, batches, error)
         # One transfer for all losses; what follows reads them on the host.
         values = torch.stack(list(losses.values())).cpu()
         losses = dict(zip(losses, values, strict=True))
@@ -160,7 +171,11 @@ class StepTrainer(TrainerBase):
         return losses
 
     def clip_gradients(self, batches: Sequence[Batch]) -> None:
-        """Scales the gradients down to `max_gradient_norm`; raises DivergedError on NaN."""
+        """Scales the gradients down to `max_gradient_norm`.
+
+        Raises:
+            DivergedError: their norm is not finite (left to the scaler in float16).
+        """
         if self.max_gradient_norm is None:
             return
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_gradient_norm)
@@ -172,8 +187,9 @@ class StepTrainer(TrainerBase):
         get_event_storage().put_scalar("gradient_norm", norm)
 
     def after_train(self) -> None:
-        """Hooks at the end. Where the last step failed it is not taken for the end of the training,
-        at which detectron2 evaluates: processes would wait for each other, and the reason be lost.
+        """Runs the hooks' `after_train`. After a failed step `max_iter` is raised by one: otherwise
+        detectron2's EvalHook could take it for the end and evaluate, processes would wait for each
+        other, and the reason would be lost.
         """
         self.max_iter += self.is_stepping
         super().after_train()
@@ -199,6 +215,17 @@ def distribute(model: nn.Module) -> nn.Module:
     on_gpu = next(model.parameters()).is_cuda
     device_ids = [comm.get_local_rank()] if on_gpu else None
     return create_ddp_model(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Gives every process the main process's running statistics of trained batch norms, which each
+    has gathered from its own images: what is evaluated is then what is saved."""
+    if comm.get_world_size() == 1:
+        return
+    for norm in model.modules():
+        if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)):
+            for statistic in norm.buffers(recurse=False):
+                torch.distributed.broadcast(statistic, 0)
 
 
 def accumulate_gradients(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -22,10 +22,11 @@ from ..data.classes import settle_num_classes
 from ..data.loader import build_test_loader, build_train_loader
 from ..errors import UserError
 from ..evaluation import build_evaluator
+from .hooks import BestCheckpointer
 from .optimizer import build_optimizer, full_model_clip_norm
 from .precision import Precision
 from .schedule import resolve_epochs
-from .step import Batch, StepTrainer
+from .step import Batch, StepTrainer, share_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,25 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    def build_hooks(self) -> list[HookBase | None]:
+        """detectron2's; only the last SOLVER.MAX_CHECKPOINTS stay, and the best evaluation's.
+
+        Raises:
+            UserError: a negative number of checkpoints.
+        """
+        if self.cfg.SOLVER.MAX_CHECKPOINTS < 0:
+            raise UserError("SOLVER.MAX_CHECKPOINTS is negative: give how many shall stay, 0: all.")
+        built = super().build_hooks()
+        for hook in built:
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                hook.max_to_keep = self.cfg.SOLVER.MAX_CHECKPOINTS or None
+        metric = best_metric(self.cfg)
+        if metric and self.cfg.TEST.EVAL_PERIOD:
+            best = BestCheckpointer(self.checkpointer, metric)
+            evaluation = next(i for i, h in enumerate(built) if isinstance(h, hooks.EvalHook))
+            built.insert(evaluation + 1, best)
+        return built
+
     def resume_or_load(self, resume: bool = True) -> None:
         """As detectron2's; where nothing is resumed, the frozen detector is loaded after it.
 
@@ -91,6 +111,14 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         if frozen and not (resume and self.checkpointer.has_checkpoint()):
             self.checkpointer.load(frozen, checkpointables=[])
             refuse_untrained_detector(self.checkpointer.report, frozen, "MODEL.DETR.FROZEN_WEIGHTS")
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None
+    ) -> dict[str, Any]:
+        """detectron2's, of one model on all processes."""
+        share_statistics(model)
+        return super().test(cfg, model, evaluators)
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -107,6 +135,11 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
     def build_lr_scheduler(
         cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
     ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As detectron2's.
+
+        Raises:
+            UserError: the schedule is not possible.
+        """
         try:
             return super().build_lr_scheduler(cfg, optimizer)
         except ValueError as error:
@@ -128,6 +161,19 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+
+def best_metric(cfg: CfgNode) -> str:
+    """Name in the event storage of what `TEST.BEST_METRIC` asks for; "" for nothing."""
+    metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    if metric == "auto":
+        metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
+        if cfg.MODEL.DETR.PANOPTIC.ENABLED:
+            metric = "panoptic_seg/PQ"
+    if not metric or not names:
+        return ""
+    # detectron2 puts the data set's name before the figures of several.
+    return f"{names[0]}/{metric}" if len(names) > 1 else metric
 
 
 def with_seed(cfg: CfgNode, seed: int) -> CfgNode:
