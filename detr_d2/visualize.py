@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from detectron2.data import Metadata, MetadataCatalog
+from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
@@ -68,7 +69,7 @@ def draw_pair(
     image = read_image(dataset_dict["file_name"], "RGB")
     metadata = MetadataCatalog.get(dataset_name)
     scale = HEIGHT / image.shape[0]
-    result = predictor(image[:, :, ::-1])
+    result = predictor(to_predict(predictor, dataset_dict["file_name"]))
     predicted, truth = (Visualizer(image, metadata, scale) for _ in range(2))
     if "panoptic_seg" in result and "pan_seg_file_name" in dataset_dict:
         segments, info = result["panoptic_seg"]
@@ -85,6 +86,25 @@ def draw_pair(
         count = len(instances)
     drawn = [_fit_height(each.output.get_image()) for each in (predicted, truth)]
     return np.hstack([*drawn, np.full((HEIGHT, 24, 3), 255, np.uint8)]), count
+
+
+def draw_predictions(
+    predictor: Callable[[np.ndarray], dict[str, Any]], file: str, metadata: Metadata
+) -> tuple[np.ndarray, Instances]:
+    """(H, W, 3) RGB of one image file with all that the predictor finds, and its detections."""
+    result = predictor(to_predict(predictor, file))
+    instances = result["instances"].to("cpu")
+    drawing = Visualizer(read_image(file, "RGB"), metadata)
+    if "panoptic_seg" in result:
+        segments, info = result["panoptic_seg"]
+        return drawing.draw_panoptic_seg(segments.cpu(), info).get_image(), instances
+    return drawing.draw_instance_predictions(instances).get_image(), instances
+
+
+def to_predict(predictor: Callable[[np.ndarray], dict[str, Any]], file: str) -> np.ndarray:
+    """An image file as the predictor takes it: (H, W, 3) BGR, or (H, W, 1) of grey models."""
+    is_grey = getattr(predictor, "input_format", "BGR") == "L"
+    return read_image(file, "L" if is_grey else "BGR")
 
 
 def _to_draw(annotation: dict[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:

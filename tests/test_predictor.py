@@ -227,6 +227,16 @@ def test_what_is_no_image_is_refused(image, message):
         check_image(image)
 
 
+def test_low_scores_are_left_out(cfg, image):
+    everything = DetrPredictor(cfg)(image)["instances"]
+    threshold = everything.scores.sort().values[3].item()
+    some = cfg.clone()
+    some.TEST.SCORE_THRESHOLD = threshold
+    kept = DetrPredictor(some)(image)["instances"]
+    assert len(everything) == 7 and len(kept) == 4
+    assert torch.equal(kept.scores, everything.scores[everything.scores >= threshold])
+
+
 def test_models_of_grey_images_take_one_channel(tmp_path):
     """And find what the model itself finds in the resized image; colours are refused."""
     options = ("INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", [120.0], "MODEL.PIXEL_STD", [60.0])

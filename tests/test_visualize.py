@@ -28,8 +28,8 @@ def white_for_everything(monkeypatch):
 
 
 def test_boxes_are_drawn_where_they_are(tmp_path):
-    """A black image: whatever is bright was drawn."""
-    Image.new("RGB", (100, 50)).save(tmp_path / "black.png")
+    """A nearly black image, a little bluer than red: whatever is bright was drawn."""
+    Image.new("RGB", (100, 50), (1, 0, 3)).save(tmp_path / "black.png")
     MetadataCatalog.get("visualize_test").thing_classes = ["thing"]
     record = {
         "file_name": str(tmp_path / "black.png"),
@@ -40,6 +40,7 @@ def test_boxes_are_drawn_where_they_are(tmp_path):
     seen = []
 
     def predictor(image):
+        assert image[0, 0].tolist() == [3, 0, 1]  # BGR
         seen.append(image.shape)
         instances = Instances((50, 100))
         instances.pred_boxes = Boxes(torch.tensor([[10.0, 10, 30, 30], [50, 5, 70, 45]]))

@@ -21,7 +21,7 @@ def main(args):
         raise UserError(f"--num-images is {args.num_images}: draw 1 or more.")
     cfg = load_config(args.config_file, args.opts)
     prefer_trained_weights(cfg, args.config_file, args.opts[::2])
-    register_datasets(cfg, args.register)
+    register_datasets(args.register, cfg.DATASETS.TEST, cfg.INPUT.SKIP_UNREADABLE_IMAGES)
     if not cfg.DATASETS.TEST:
         raise UserError("DATASETS.TEST is empty: name the data set to draw.")
     name = cfg.DATASETS.TEST[0]

@@ -25,13 +25,15 @@ class DetrPredictor(DefaultPredictor):
     """`DefaultPredictor` whose `MODEL.WEIGHTS` may be of any format that this package knows, or an
     exported model; it computes in the way `MODEL.INFERENCE` says.
 
-    The data sets need not be registered: checkpoints of this package tell their classes. An
-    exported model also tells its channel order and classes, whatever the config says, and the size
-    of images where the config has detectron2's default.
+    The data sets need not be registered: checkpoints of this package tell their classes (but for
+    panoptic models, whose data set tells things from stuff). An exported model also tells its
+    channel order and classes, whatever the config says, and the size of images where the config has
+    detectron2's default.
 
     Called with an image (H, W, 3), uint8, BGR as OpenCV reads it, it returns {"instances":
-    Instances} at the image's size. (detectron2's own predictor works with this package's `.pth`
-    files; its checkpointer knows no other format and unpickles `.pkl` files without restriction.)
+    Instances} at the image's size, without those of scores below `TEST.SCORE_THRESHOLD`.
+    (detectron2's own predictor works with this package's `.pth` files; its checkpointer knows no
+    other format and unpickles `.pkl` files without restriction.)
     """
 
     def __init__(self, cfg: CfgNode):
@@ -64,13 +66,17 @@ class DetrPredictor(DefaultPredictor):
         self.input_format = settings.FORMAT
 
     def __call__(self, original_image: np.ndarray) -> dict[str, Any]:
-        """(H, W, 3) uint8, BGR -> {"instances": Instances} and, if so, "panoptic_seg".
+        """An image (H, W, 3) uint8, BGR, or (H, W, 1) where `INPUT.FORMAT` is "L" ->
+        {"instances": Instances}, and "panoptic_seg" of a panoptic model.
 
         Raises:
             UserError: it is no such image.
         """
         check_image(original_image, channels=1 if self.input_format == "L" else 3)
-        return super().__call__(original_image)
+        result = super().__call__(original_image)
+        instances = result["instances"]
+        result["instances"] = instances[instances.scores >= self.cfg.TEST.SCORE_THRESHOLD]
+        return result
 
     def _follow(self, model: ExportedDetr) -> None:
         """Takes channel order and size of images, and the device, from an exported model."""
@@ -103,7 +109,8 @@ def check_image(image: Any, channels: int = 3) -> None:
     if is_array and image.size and image.dtype == np.uint8 and image.shape[2:] == (channels,):
         return
     given = f"{image.dtype} of shape {image.shape}" if is_array else type(image).__name__
+    order = "." if channels == 1 else ", in BGR order, as cv2.imread returns it."
     raise UserError(
-        f"The image is {given}, it must be a uint8 array of shape (height, width, {channels}), "
-        "in BGR order, as cv2.imread returns it."
+        f"The image is {given}, it must be a uint8 array of shape (height, width, {channels})"
+        + order
     )
