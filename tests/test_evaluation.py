@@ -214,8 +214,10 @@ def test_average_precision_derived_by_hand(backend):
     assert metrics.summary()["AR@1"] == 0
     assert metrics.summary()["AR@100"] == pytest.approx(50 * 3 / 10)
     per_class = metrics.per_class()
-    assert per_class["cat"] == pytest.approx({"AP": ap50 * 3 / 10, "AP50": ap50})
-    assert math.isnan(per_class["dog"]["AP"])
+    # At the score of 0.8: one of two detections, one of two objects.
+    best = {"F1": 50.0, "precision": 50.0, "recall": 50.0, "score": 0.8}
+    assert per_class["cat"] == pytest.approx({"AP": ap50 * 3 / 10, "AP50": ap50, **best})
+    assert all(math.isnan(value) for value in per_class["dog"].values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -354,7 +356,8 @@ def test_results_are_those_of_detectron2(backend, limit, tmp_path, caplog):
     written = json.loads((tmp_path / "ours" / "per_class_ap.json").read_text())["bbox"]
     assert list(written) == [f"class {k}" for k in range(5)]
     assert written["class 1"]["AP"] == results["AP-class 1"]
-    assert written["class 4"] == {"AP": None, "AP50": None}
+    figures = ("AP", "AP50", "F1", "precision", "recall", "score")
+    assert written["class 4"] == dict.fromkeys(figures)
     assert written["class 0"]["AP50"] > written["class 0"]["AP"]
     table = next(r.getMessage() for r in caplog.records if "Per-class bbox AP" in r.getMessage())
     assert f"{results['AP-class 1']:.3f}" in table and "class 4" in table
@@ -559,6 +562,8 @@ def test_config_gives_the_folder_and_no_limit(tmp_path, caplog):
         more, run(COCODetectionEvaluator(name, max_detections_per_image=300), batches)
     )
     assert results["bbox"]["AP"] != more["bbox"]["AP"]
+    cfg.TEST.MAX_EVALUATED_DETECTIONS = 300
+    np.testing.assert_equal(more, run(build_evaluator(cfg, name), batches))
     assert "published COCO figures use 100" in caplog.text
 
 

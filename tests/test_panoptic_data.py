@@ -265,3 +265,13 @@ def test_the_committed_masks_find_the_digits(few):
     results = train_or_evaluate(argument_parser().parse_args(command.split()))
     assert results["bbox"]["AP"] > 80
     assert results["segm"]["AP"] > results["bbox"]["AP"] - 10
+
+
+def test_images_of_one_name_in_several_folders(few, tmp_path):
+    """Their predictions do not overwrite each other."""
+    pytest.importorskip("hotcoco")
+    evaluator = PanopticEvaluator("digit_scenes_val_panoptic", str(tmp_path / "out"))
+    for number, record in enumerate(DatasetCatalog.get("digit_scenes_val_panoptic")):
+        moved = {**record, "file_name": f"folder{number}/same.jpg"}
+        evaluator.process([moved], [perfect(record)])
+    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == pytest.approx(100)

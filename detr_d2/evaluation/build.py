@@ -22,7 +22,7 @@ def build_evaluator(
     *,
     masks: bool | None = None,
     panoptic: bool | None = None,
-    max_detections_per_image: int = 100,
+    max_detections_per_image: int | None = None,
 ) -> DatasetEvaluator:
     """Build the evaluator that the data set's metadata asks for.
 
@@ -35,7 +35,8 @@ def build_evaluator(
         masks, panoptic: of data sets in COCO's format, whether to evaluate masks of instances, and
             panoptic quality where there are such annotations; by default what the cfg's model
             gives, without a cfg neither. (LVIS evaluates the masks it is given, VOC none.)
-        max_detections_per_image: in COCO's metrics, of each class. Published AP is with 100, also
+        max_detections_per_image: in COCO's metrics, of each class; by default the cfg's
+            ``TEST.MAX_EVALUATED_DETECTIONS``, without a cfg 100. Published AP is with 100, also
             that of models which return 300 (``TEST.DETECTIONS_PER_IMAGE``).
 
     Raises:
@@ -47,6 +48,9 @@ def build_evaluator(
         output_folder = os.path.join(cfg.OUTPUT_DIR, "inference", own_folder)
     if masks is None:
         masks = cfg is not None and cfg.MODEL.MASK_ON
+    if max_detections_per_image is None:
+        limit_of = {} if cfg is None else cfg.TEST
+        max_detections_per_image = limit_of.get("MAX_EVALUATED_DETECTIONS", 100)
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if evaluator_type in ("coco", "coco_panoptic_seg"):
         tasks = ("bbox", "segm") if masks else ("bbox",)

@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
-from ..data.coco_json import JSON_ENCODING
+from ..data.coco_json import JSON_ENCODING, is_crowd
 from ..errors import UserError
 from .coco_metrics import choose_backend, compute_coco_metrics
 from .per_class import report_per_class_ap
@@ -121,6 +121,7 @@ class COCODetectionEvaluator(DatasetEvaluator):
                 "AP with up to %d detections per image and class; published COCO figures use 100.",
                 limit,
             )
+        warn_of_many_objects(ground_truth, limit)
         if not detections:
             logger.warning("The model detected nothing; AP is shown as NaN.")
         results, per_class = OrderedDict(), {}
@@ -145,6 +146,8 @@ class COCODetectionEvaluator(DatasetEvaluator):
                     "give the evaluator an output_folder to write one to."
                 )
             path = os.path.join(self._output_folder, f"{self._dataset_name}_coco_format.json")
+            if self._distributed and not comm.is_main_process():
+                return path  # which the main process writes, and alone reads
             convert_to_coco_json(self._dataset_name, path, allow_cached=False)
         path = PathManager.get_local_path(path)
         if not os.path.isfile(path):
@@ -186,6 +189,20 @@ class COCODetectionEvaluator(DatasetEvaluator):
         with PathManager.open(path, "w") as file:
             json.dump(detections, file)
         logger.info("Detections written to %s", path)
+
+
+def warn_of_many_objects(ground_truth: dict[str, Any], limit: int) -> None:
+    """Objects beyond the limit count as missed, however well they are detected."""
+    counts = Counter(
+        (a["image_id"], a["category_id"]) for a in ground_truth["annotations"] if not is_crowd(a)
+    )
+    most = max(counts.values(), default=0)
+    if most > limit:
+        logger.warning(
+            f"There are images with up to {most} objects of a class, of which AP counts {limit} "
+            "detections: for all of them raise TEST.MAX_EVALUATED_DETECTIONS, "
+            "TEST.DETECTIONS_PER_IMAGE and MODEL.DETR.NUM_OBJECT_QUERIES."
+        )
 
 
 def _drop_non_finite(instances: Instances, image_id: int | str) -> Instances:

@@ -31,12 +31,14 @@ class COCOMetrics:
     Attributes:
         precision: (T, R, K, A, M), in [0, 1]; -1 where a category has no ground truth.
         recall: (T, K, A, M), likewise.
+        scores: (T, R, K, A, M), of the detections that reach each recall; -1 as above.
         class_names: K names, in the order of the K axis.
         max_detections_per_image: the last of the M limits; COCO's own figures use 100.
     """
 
     precision: np.ndarray
     recall: np.ndarray
+    scores: np.ndarray
     class_names: list[str]
     max_detections_per_image: int = 100
 
@@ -56,14 +58,36 @@ class COCOMetrics:
         return numbers
 
     def per_class(self) -> dict[str, dict[str, float]]:
-        """``{class name: {"AP": ..., "AP50": ...}}`` in percent; NaN without ground truth."""
+        """``{class name: {"AP", "AP50", "F1", "precision", "recall", "score"}}``, in percent but
+        for the score; NaN without ground truth.
+
+        F1 is the largest there is at an IoU of 0.5, precision and recall are what it is made of,
+        and score is the threshold that reaches it.
+        """
         return {
             name: {
                 "AP": _mean_percent(self.precision[:, :, k, 0, -1]),
                 "AP50": _mean_percent(self.precision[0, :, k, 0, -1]),
+                **best_f1(self.precision[0, :, k, 0, -1], self.scores[0, :, k, 0, -1]),
             }
             for k, name in enumerate(self.class_names)
         }
+
+
+def best_f1(precision: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """Largest harmonic mean of precision and recall, at COCO's 101 recalls.
+
+    Args:
+        precision, scores: (R,) of one class; -1 where it has no ground truth.
+    """
+    recall = np.linspace(0, 1, len(precision))
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    best = int(f1.argmax())
+    if not f1[best] > 0:
+        missing = float("nan") if precision[0] < 0 else 0.0
+        return {"F1": missing, "precision": missing, "recall": missing, "score": float("nan")}
+    found = {"F1": f1[best], "precision": precision[best], "recall": recall[best]}
+    return {**{k: float(100 * v) for k, v in found.items()}, "score": float(scores[best])}
 
 
 def detection_limits(most: int) -> list[int]:
@@ -107,7 +131,9 @@ def compute_coco_metrics(
     class_names = [category["name"] for category in categories]
     if not detections:
         precision = np.full((10, 101, len(categories), 4, 3), -1.0)
-        return COCOMetrics(precision, precision[:, 0], class_names, max_detections_per_image)
+        return COCOMetrics(
+            precision, precision[:, 0], precision, class_names, max_detections_per_image
+        )
 
     coco, coco_eval = _load_backend(backend or choose_backend(ground_truth))
     # pycocotools prints its progress to the standard output and cannot be told not to.
@@ -122,6 +148,7 @@ def compute_coco_metrics(
     return COCOMetrics(
         np.asarray(evaluation.eval["precision"]),
         np.asarray(evaluation.eval["recall"]),
+        np.asarray(evaluation.eval["scores"]),
         class_names,
         max_detections_per_image,
     )

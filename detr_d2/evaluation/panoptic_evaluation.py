@@ -105,7 +105,11 @@ class PanopticEvaluator(DatasetEvaluator):
     def _compare(self, predictions: list[dict[str, Any]], folder: str) -> dict[str, Any]:
         pictures = os.path.join(folder, "panoptic")
         PathManager.mkdirs(pictures)
-        for prediction in predictions:
+        names: set[str] = set()
+        for number, prediction in enumerate(predictions):
+            if prediction["file_name"] in names:  # images of one name in several folders
+                prediction["file_name"] = f"{number}_{prediction['file_name']}"
+            names.add(prediction["file_name"])
             with open(os.path.join(pictures, prediction["file_name"]), "wb") as file:
                 file.write(prediction.pop("png"))
         from hotcoco.panoptic import pq_compute
