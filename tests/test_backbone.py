@@ -1,5 +1,6 @@
 """Backbones against torchvision's and timm's own words."""
 
+import logging
 import re
 import sys
 
@@ -13,6 +14,7 @@ from torch import nn
 from detr_d2 import get_detr_cfg
 from detr_d2.checkpoint import load_weights
 from detr_d2.errors import UserError, require_package
+from detr_d2.modeling.backbone import warn_of_other_pixels
 from detr_d2.modeling.neck import padding_mask, resize_padding, valid_ratio
 
 from .helpers import tiny_cfg
@@ -185,6 +187,25 @@ def test_timm_norms_are_frozen_unless_asked_otherwise():
     assert all(torch.equal(before[name], buffer) for name, buffer in frozen.named_buffers())
     free = build_backbone(timm_cfg("test_efficientnet", "MODEL.TIMM.FREEZE_NORM", False))
     assert any(isinstance(module, nn.BatchNorm2d) for module in free.modules())
+
+
+def test_pixels_that_pretrained_weights_do_not_know_are_named(caplog, monkeypatch):
+    """TensorFlow's EfficientNets were trained with 127.5, most others with ImageNet's mean."""
+    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+    cfg = timm_cfg("tf_efficientnet_lite0", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53])
+    warn_of_other_pixels(cfg)
+    [message] = [r.getMessage() for r in caplog.records if "PIXEL_MEAN" in r.getMessage()]
+    assert "were trained with [127.5, 127.5, 127.5]" in message
+    caplog.clear()
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [127.5] * 3, [127.5] * 3
+    cfg.INPUT.FORMAT = "BGR"
+    warn_of_other_pixels(cfg)
+    [record] = caplog.records
+    assert "timm's weights want RGB" in record.getMessage()
+    caplog.clear()
+    cfg.INPUT.FORMAT = "RGB"
+    warn_of_other_pixels(cfg)
+    assert not caplog.records
 
 
 def test_timm_names_that_do_not_exist():

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from detr_d2.data import classes_of
 from detr_d2.data.dataset_mapper import DetrDatasetMapper, build_augmentation
 from detr_d2.data.loader import (
     ResumableBatchSampler,
@@ -348,6 +349,21 @@ def test_more_objects_than_queries(caplog):
     assert record.levelno == logging.WARNING
     assert "2 of 3 images have more objects (up to 9)" in record.getMessage()
     assert "NUM_OBJECT_QUERIES, now 3" in record.getMessage()
+    assert "TEST.DETECTIONS_PER_IMAGE with it" in record.getMessage()
+
+
+def test_background_is_trained_on_beside_objects_but_not_alone(rectangles, tmp_path):
+    image = {"file_name": "a.jpg", "image_id": 0, "width": 20, "height": 20, "annotations": []}
+    with unregistering():
+        DatasetCatalog.register("background", lambda: [image])
+        MetadataCatalog.get("background").thing_classes = classes_of([rectangles])
+        both = training_cfg(rectangles, tmp_path, "DATASETS.TRAIN", (rectangles, "background"))
+        assert len(build_training_dicts(both)) == 13
+        alone = training_cfg(rectangles, tmp_path, "DATASETS.TRAIN", ("background",))
+        with pytest.raises(UserError, match="background. has no object to train on"):
+            build_training_dicts(alone)
+        with pytest.raises(UserError, match="background has no object to evaluate on"):
+            build_test_dicts("background")
 
 
 def test_objects_that_cannot_be_found_are_named_before_an_evaluation(caplog, monkeypatch):

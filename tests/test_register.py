@@ -184,6 +184,22 @@ def test_uncompressed_run_lengths_are_compressed(files):
     assert mask.shape == (30, 40) and np.all(mask == 1)
 
 
+def test_objects_to_be_ignored_are_crowds(files):
+    """Some tools write "ignore" in place of iscrowd."""
+    content = changed(set_in("annotations", 0, ignore=1))
+    for annotation in content["annotations"]:
+        annotation.pop("iscrowd", None)
+    loaded = load_coco_dataset(files.write(content), files.images)
+    flags = [a["iscrowd"] for image in loaded for a in image["annotations"]]
+    assert sorted(flags) == [0] * (len(flags) - 1) + [1]
+
+
+def test_images_of_background_alone_are_data(files):
+    path = files.write(changed(lambda c: c.update(annotations=[])))
+    register_coco_dataset(files.name, path, files.images)
+    assert [image["annotations"] for image in DatasetCatalog.get(files.name)] == [[], []]
+
+
 def test_registering_twice(files):
     json_file = files.write()
     register_coco_dataset(files.name, json_file, files.images)
@@ -268,7 +284,6 @@ FAULTS = {
     "no categories": (lambda c: c.pop("categories"), "not in COCO format.*'categories'"),
     "images as object": (lambda c: c.update(images={}), "not in COCO format.*'images'"),
     "empty images": (lambda c: c.update(images=[]), "lists no images"),
-    "empty annotations": (lambda c: c.update(annotations=[]), "lists no annotations"),
     "empty categories": (lambda c: c.update(categories=[]), "lists no categories"),
     "a string": (lambda c: c["images"].append("a.png"), "number 2 of 'images' is not an object"),
     "only crowds": (set_in("annotations", 0, iscrowd=1), "All 2 annotations .* are crowds"),

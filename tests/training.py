@@ -38,6 +38,7 @@ def write_rectangles(
     num_images: int = 12,
     seed: int = 0,
     categories: Sequence[dict[str, Any]] = CATEGORIES,
+    polygons: bool = False,
 ) -> tuple[str, str]:
     """Writes images of rectangles in three colours; gives annotation file and image folder.
 
@@ -57,6 +58,8 @@ def write_rectangles(
             )
             pixels[top : top + size[1], left : left + size[0]] = 255 * np.eye(3)[colour % 3]
             box = [int(v) for v in (left, top, *size)]
+            x, y, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+            outline = [x, y, right, y, right, bottom, x, bottom]
             annotations.append(
                 {
                     "id": len(annotations) + 1,
@@ -65,6 +68,7 @@ def write_rectangles(
                     "bbox": box,
                     "area": box[2] * box[3],
                     "iscrowd": 0,
+                    **({"segmentation": [outline]} if polygons else {}),
                 }
             )
         name = f"{index}.png"

@@ -65,7 +65,8 @@ def find_faulty_annotations(
         masks: also report annotations without a segmentation that can be used.
 
     Returns:
-        one entry per faulty annotation, in the order of the data set, with the first reason found.
+        one entry per faulty annotation, in the order of the data set, with one reason: of several
+        the one that explains the others.
     """
     places, annotations, sizes = _gather(dataset_dicts)
     numbers = _box_numbers(annotations)
@@ -252,6 +253,10 @@ def drop_annotations(dataset_dicts: list[dict], faults: list[FaultyAnnotation]) 
 
 
 def check_mode(mode: str) -> None:
+    """
+    Raises:
+        UserError: none of `MODES`.
+    """
     if mode not in MODES:
         raise UserError(
             f"INPUT.FAULTY_ANNOTATIONS is '{mode}', it must be one of {', '.join(MODES)}."

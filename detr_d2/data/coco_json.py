@@ -24,8 +24,8 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
     That is left to `detr_d2.data.annotations.check_annotations`, which may drop single ones.
 
     Raises:
-        DatasetError: the file is missing, not JSON or not COCO; it has no image, no category or no
-            annotation to train on; ids or class names are missing or not unique; an annotation
+        DatasetError: the file is missing, not JSON or not COCO; it has no image or no category, or
+            nothing but crowds; ids or class names are missing or not unique; an annotation
             has no box, or refers to an image or category that is not in the file.
     """
     content = _read_json(json_file)
@@ -34,7 +34,7 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
             raise DatasetError(
                 f"{json_file} is not in COCO format: it has no list '{key}' at its top level."
             )
-        if not content[key]:
+        if not content[key] and key != "annotations":  # images of background alone are of use
             raise DatasetError(f"{json_file} lists no {key}: the list '{key}' is empty.")
         for index, entry in enumerate(content[key]):
             if not isinstance(entry, dict):
@@ -48,7 +48,8 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
     )
     _check_boxes(content["annotations"], json_file)
     _check_numbers(content["annotations"], json_file)
-    if all(is_crowd(annotation) for annotation in content["annotations"]):
+    annotations = content["annotations"]
+    if annotations and all(is_crowd(annotation) for annotation in annotations):
         raise DatasetError(
             f"All {len(content['annotations'])} annotations in {json_file} are crowds (iscrowd 1), "
             "which neither training nor evaluation uses."

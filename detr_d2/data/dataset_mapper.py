@@ -52,6 +52,7 @@ def build_augmentation(
     crop: tuple[str, Sequence[float]] | None = None,
     crop_resize_sizes: Sequence[int] = (400, 500, 600),
     color_jitter: float = 0.0,
+    image_format: str = "RGB",
 ) -> list[T.Augmentation]:
     """DETR's augmentation (section 4 of the paper): flip, then resize or resize-crop-resize.
 
@@ -68,6 +69,10 @@ def build_augmentation(
             (those of the authors' training code); none: it is not.
         color_jitter: brightness, contrast and saturation are multiplied by 1 plus or minus up to
             this.
+        image_format: of the images; grey ones ("L") have no saturation.
+
+    Raises:
+        UserError: an unknown flip.
     """
     if not is_train:
         return [ResizeShortestEdge(min_size, max_size, "choice")]
@@ -90,7 +95,8 @@ def build_augmentation(
     if color_jitter:
         bounds = 1 - color_jitter, 1 + color_jitter
         augmentations += [f(*bounds) for f in (T.RandomBrightness, T.RandomContrast)]
-        augmentations.append(T.RandomSaturation(*bounds))
+        if image_format != "L":  # grey has no saturation
+            augmentations.append(T.RandomSaturation(*bounds))
     return augmentations
 
 
@@ -125,6 +131,9 @@ class DetrDatasetMapper:
             faulty_annotations: "drop" or "error", see `detr_d2.data.annotations.check_annotations`.
             skip_unreadable_images: in training, take another image in place of an unreadable one.
             num_classes: refuse semantic pictures with other classes; None takes any.
+
+        Raises:
+            UserError: an unknown way with faulty annotations, or an unknown mask format.
         """
         check_mode(faulty_annotations)
         if instance_mask_format not in ("bitmask", "polygon"):
@@ -158,6 +167,7 @@ class DetrDatasetMapper:
                 crop=crop,
                 crop_resize_sizes=cfg.INPUT.CROP.RESIZE_SIZES,
                 color_jitter=cfg.INPUT.COLOR_JITTER,
+                image_format=cfg.INPUT.FORMAT,
             ),
             "image_format": cfg.INPUT.FORMAT,
             "use_instance_mask": cfg.MODEL.MASK_ON,
@@ -179,9 +189,13 @@ class DetrDatasetMapper:
             None for an unreadable image to be skipped: the loader then takes another.
 
         Raises:
-            UnreadableImageError: the file is missing or cannot be decoded.
+            UnreadableImageError: the file cannot be read and is not to be skipped, or cannot be
+                resized or cropped as asked.
             ImageSizeError: the file has another size than the data set says.
-            FaultyAnnotationError: a faulty annotation, and `faulty_annotations` is "error".
+            FaultyAnnotationError: a faulty annotation, and `faulty_annotations` is "error"; in
+                either mode a segmentation that cannot be decoded.
+            UserError: a picture of segments that cannot be used, or a run-length mask where
+                polygons are asked for.
         """
         try:
             image = read_image(dataset_dict["file_name"], self.image_format)

@@ -207,9 +207,12 @@ def build_test_dicts(names: str | Sequence[str]) -> list[dict]:
     Raises:
         FaultyAnnotationError: the boxes are corners labelled as width and height, so that the
             evaluation of a perfect model would say 0.
+        UserError: there is no object, so that there is no AP.
     """
     names = [names] if isinstance(names, str) else list(names)
     dataset = get_detection_dataset_dicts(names, filter_empty=False)
+    if dataset and all(d.get("annotations") == [] for d in dataset):
+        raise UserError(f"The data set {', '.join(names)} has no object to evaluate on.")
     refuse_xyxy_given_as_xywh(dataset, ", ".join(names))
     report_faulty_annotations(dataset, ", ".join(names))
     return dataset
@@ -260,6 +263,8 @@ def build_training_dicts(
         dataset_dicts = filter_empty_images(dataset_dicts)
     if not dataset_dicts:
         raise UserError(f"DATASETS.TRAIN ({', '.join(names)}) has no image to train on.")
+    if not any(listed is None or listed for listed in map(listed_objects, dataset_dicts)):
+        raise UserError(f"DATASETS.TRAIN ({', '.join(names)}) has no object to train on.")
     warn_of_few_queries(dataset_dicts, num_queries)
     return dataset_dicts
 
@@ -290,7 +295,8 @@ def warn_of_few_queries(dataset_dicts: Sequence[dict], num_queries: int) -> None
     if crowded:
         logger.warning(
             f"{crowded} of {len(counts)} images have more objects (up to {max(counts)}) than the "
-            f"model has queries: raise MODEL.DETR.NUM_OBJECT_QUERIES, now {num_queries}."
+            f"model has queries: raise MODEL.DETR.NUM_OBJECT_QUERIES, now {num_queries}, and "
+            "TEST.DETECTIONS_PER_IMAGE with it."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError, require_package
 
+logger = logging.getLogger(__name__)
+
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
@@ -24,6 +27,9 @@ def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
     detectron2's RES5_DILATION also dilates the 3x3 convolution of res5's first block;
     torchvision, with which the published DC5 weights were trained, does not.
+
+    Raises:
+        UserError: `MODEL.RESNETS.RES5_DILATION` is not 2.
     """
     if cfg.MODEL.RESNETS.RES5_DILATION != 2:
         raise UserError(
@@ -106,6 +112,9 @@ class TimmBackbone(Backbone):
             freeze_norm: replace batch norms by constant affine maps.
             freeze_at: freeze what leads to the maps of stride 2 ** freeze_at and less, as
                 `MODEL.BACKBONE.FREEZE_AT` does with ResNets; 0: nothing.
+
+        Raises:
+            UserError: timm is not installed, or has no such model or maps.
         """
         super().__init__()
         timm = require_package("timm", "timm")
@@ -148,7 +157,11 @@ class TimmBackbone(Backbone):
                 parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> maps (B, channels, H / stride, W / stride) by name."""
+        """(B, 3, H, W) -> maps (B, channels, H / stride, W / stride) by name.
+
+        Raises:
+            UserError: the model does not take images of this size.
+        """
         try:
             maps = self.body(x)
         except AssertionError as error:  # of models made for one size, or for multiples of one
@@ -165,6 +178,8 @@ class TimmBackbone(Backbone):
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Backbone from `MODEL.TIMM`. Weights: timm's own, or any file given as MODEL.WEIGHTS."""
     timm_cfg = cfg.MODEL.TIMM
+    if timm_cfg.PRETRAINED:
+        warn_of_other_pixels(cfg)
     return TimmBackbone(
         timm_cfg.NAME,
         timm_cfg.OUT_INDICES,
@@ -172,3 +187,20 @@ def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
         timm_cfg.FREEZE_NORM,
         cfg.MODEL.BACKBONE.FREEZE_AT if timm_cfg.FREEZE_NORM else 0,
     )
+
+
+def warn_of_other_pixels(cfg: CfgNode) -> None:
+    """Pretrained weights see other pixels than those they learned from where channel order, mean or
+    deviation differ: they still train, badly."""
+    known = require_package("timm", "timm").get_pretrained_cfg(cfg.MODEL.TIMM.NAME)
+    if known is None:
+        return
+    for key, values in (("PIXEL_MEAN", known.mean), ("PIXEL_STD", known.std)):
+        wanted = [round(255 * value, 3) for value in values]
+        if any(abs(a - b) > 1 for a, b in zip(wanted, cfg.MODEL[key], strict=False)):
+            logger.warning(
+                f"MODEL.{key} is {list(cfg.MODEL[key])}, but the weights of timm's "
+                f"{cfg.MODEL.TIMM.NAME} were trained with {wanted}: set it to that."
+            )
+    if cfg.INPUT.FORMAT != "RGB":
+        logger.warning(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}, but timm's weights want RGB.")
