@@ -42,9 +42,9 @@ class SetCriterion(nn.Module):
     `_enc`, those of denoising queries `_dn` before the layer's; with a mask head there are
     `loss_mask` and `loss_dice` of the last layer. All are divided by sums over every
     image of the optimizer step, on all processes, so that the gradient does not depend on how
-    the images are spread over processes and accumulation steps. Two things do: the losses of masks,
-    which are compared over the padded batch, as in the original, and the number of contrastive
-    denoising groups, which follows from the fullest image of a batch.
+    the images are spread over processes and accumulation steps. Two things still depend on it: the
+    losses of masks, compared over the padded batch as in the original, and the number of
+    contrastive denoising groups, which the fullest image of a batch decides.
     """
 
     # Writing a number to the event storage makes the host wait for the device.
@@ -94,6 +94,9 @@ class SetCriterion(nn.Module):
 
         Returns:
             Weighted losses by name; their sum is what to minimise.
+
+        Raises:
+            FloatingPointError: boxes or logits are not finite, so no assignment has a cost.
         """
         if object_counts is None:
             object_counts = [len(target.classes) for target in targets]
@@ -204,13 +207,12 @@ class SetCriterion(nn.Module):
         """Of the last layer's pairs; masks are compared at the size of the padded batch."""
         logits = predictions.masks(*pairs).float()
         size = predictions.padded_size
-        truth = torch.zeros(len(logits), *size, dtype=torch.bool)
+        truth = torch.zeros(len(logits), *size, device=logits.device)
         for index, (image, item) in enumerate(
             zip(assignment.images.tolist(), assignment.objects.tolist(), strict=True)
         ):
             mask = targets[image].masks[item]
             truth[index, : mask.shape[0], : mask.shape[1]] = mask
-        truth = truth.to(logits.device, non_blocking=True).float()
         if len(logits):
             logits = F.interpolate(logits[:, None], size=size, mode="bilinear")[:, 0]
         else:

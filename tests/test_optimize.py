@@ -1,6 +1,7 @@
 """A model made fast finds what the plain one finds, and leaves that one as it was."""
 
 import copy
+import logging
 import re
 
 import pytest
@@ -12,8 +13,8 @@ from torch import nn
 
 from detr_d2.deploy import optimize, optimize_for_inference, prepare_for_inference
 from detr_d2.deploy.exportable import ExportableDetr
-from detr_d2.deploy.fold import fold_batch_norms
-from detr_d2.deploy.optimize import RememberedPositions
+from detr_d2.deploy.fold import fold_batch_norms, folded
+from detr_d2.deploy.optimize import CachedPositionEmbedding
 from detr_d2.deploy.pack import (
     PackedConv2d,
     PackedLinear,
@@ -77,6 +78,8 @@ def test_float32_is_equal(variant):
 @torch.no_grad()
 def test_bfloat16_is_near(variant):
     """Of models that choose queries the order may differ, of others nothing by much."""
+    if not is_bfloat16_fast():
+        pytest.skip("this CPU runs float32 in place of bfloat16")
     model = make_model(variant)
     fast = optimize_for_inference(model, "bfloat16")
     inputs = random_inputs(BATCHES[1])
@@ -94,7 +97,7 @@ def test_bfloat16_is_near(variant):
 @torch.no_grad()
 def test_prediction_heads_are_float32_where_nothing_is_packed(variant, monkeypatch):
     """As on GPUs; reference points, too, are coordinates."""
-    monkeypatch.setattr(optimize, "is_bfloat16_fast", lambda: True)
+    monkeypatch.setattr(optimize, "has_bfloat16", lambda device: True)
     monkeypatch.setattr(optimize.pack, "is_available", lambda: False)
     fast = optimize_for_inference(make_model(variant), "bfloat16")
     types = {}
@@ -122,7 +125,7 @@ def test_the_model_stays_as_it_was():
 
 @torch.no_grad()
 def test_slow_bfloat16_is_float32(monkeypatch, caplog):
-    monkeypatch.setattr("detr_d2.deploy.optimize.is_bfloat16_fast", lambda: False)
+    monkeypatch.setattr(optimize, "has_bfloat16", lambda device: False)
     model, inputs = make_model("detr_tiny"), random_inputs([(64, 96)])
     fast = optimize_for_inference(model, "bfloat16")
     assert "the model runs in float32" in caplog.text
@@ -135,8 +138,10 @@ def test_slow_bfloat16_is_float32(monkeypatch, caplog):
 
 
 def test_other_types_are_refused():
-    with pytest.raises(UserError, match="float32 or bfloat16, not in torch.float16"):
+    with pytest.raises(UserError, match="float16 is for GPUs, the model is on 'cpu'"):
         optimize_for_inference(make_model("detr_tiny"), torch.float16)
+    with pytest.raises(UserError, match="float32, bfloat16, float16, not in torch.float64"):
+        optimize_for_inference(make_model("detr_tiny"), torch.float64)
 
 
 def test_what_a_backend_does_not_do_is_refused():
@@ -214,6 +219,28 @@ def test_what_is_not_a_pair_is_not_folded():
     torch.testing.assert_close(module(image), expected)
 
 
+class Peeking(nn.Module):
+    """What a convolution says before its norm is used, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        nn.init.uniform_(self.norm.weight, 2, 3)
+        self.between = nn.Sequential(self.convolution, self.norm)
+
+    def forward(self, x):
+        return {"before": self.convolution.weight.sum() * x, "after": self.between(x)}
+
+
+@torch.no_grad()
+def test_a_backbone_that_folding_changes_is_left_as_it_is(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+    backbone = Peeking().eval()
+    assert folded(backbone, torch.device("cpu"), 3) is backbone
+    assert "The batch norms of Peeking are not folded" in caplog.text
+
+
 @needs_onednn
 @pytest.mark.parametrize("tokens", [1, 7, 300, 2000])
 @torch.no_grad()
@@ -281,7 +308,7 @@ def test_packed_convolution(kernel, stride, dilation, groups):
 
 def test_positions_are_remembered_for_unpadded_maps_only():
     position = SinePositionEmbedding(16)
-    remembered = RememberedPositions(position)
+    remembered = CachedPositionEmbedding(position)
     none, some = torch.zeros(2, 3, 4, dtype=torch.bool), torch.zeros(2, 3, 4, dtype=torch.bool)
     some[1, 2:] = True
     for padding in (none, some, none):
@@ -308,11 +335,12 @@ def test_linear_layers_of_other_kinds_are_left_alone():
             self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
             self.twice = Twice(8, 8)
             self.same = nn.Conv2d(8, 8, 3, padding="same")
+            self.mirrored = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
             self.plain = nn.Linear(8, 8)
 
         def forward(self, x):
             x = self.plain(self.twice(self.attention(x, x, x)[0]))
-            return self.same(x.transpose(1, 2)[:, :, None])
+            return self.mirrored(self.same(x.transpose(1, 2)[:, :, None]).expand(-1, -1, 3, -1))
 
     torch.manual_seed(0)
     part, x = Part().eval(), torch.randn(2, 5, 8)

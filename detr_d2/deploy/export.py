@@ -51,8 +51,8 @@ def export_model(
         described: further plain values for the `.json`.
 
     Raises:
-        UserError: another ending, a package that is missing, or detections that differ or are
-            none.
+        UserError: another ending, a package that is missing, a folder that cannot be written to, or
+            detections that differ or are none.
     """
     path = Path(path)
     if model.detections_per_image < 1 or not trials:
@@ -62,6 +62,10 @@ def export_model(
         )
     if path.suffix not in SUFFIXES:
         raise UserError(f"'{path}' must end in one of {', '.join(SUFFIXES)}.")
+    try:  # before the minutes that an export takes
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error}.") from error
     exportable = ExportableDetr(model).cpu()
     # Only what was compared gets its final name.
     with tempfile.TemporaryDirectory() as folder:
@@ -76,9 +80,11 @@ def export_model(
             raise UserError(f"'{path}' is not written: its {found}.")
         description = describe(model, class_names, exportable.size_divisibility) | described
         draft.with_suffix(".json").write_text(json.dumps(description, indent=1))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file in sorted(Path(folder).iterdir()):
-            shutil.move(file, path.parent / file.name)
+        try:
+            for file in sorted(Path(folder).iterdir()):
+                shutil.move(file, path.parent / file.name)
+        except OSError as error:
+            raise UserError(f"'{path}' cannot be written: {error}.") from error
     logger.info("Wrote '%s' (%s): %s.", path, SUFFIXES[path.suffix], found)
 
 

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..box_ops import cxcywh_to_xyxy
 from ..errors import UserError
+from ..modeling.heads import select_detections
 from ..modeling.mask_head import MaskSource
 from ..modeling.meta_arch import Detr
 from ..modeling.neck import padding_mask
 from ..modeling.queries import TopKQueries
+from ..structures import LayerOutput
 from .fold import folded
 
 INPUTS = ("images", "sizes")
@@ -113,7 +114,5 @@ class ExportableDetr(nn.Module):
 
     def _select(self, logits: Tensor, boxes: Tensor, sizes: Tensor, limit: int) -> list[Tensor]:
         """Boxes in pixels, scores, classes and queries of the best detections."""
-        scores, classes, queries = self.classification.select(logits, limit)
-        boxes = boxes.gather(1, queries[..., None].expand(-1, -1, 4))
-        extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
-        return [cxcywh_to_xyxy(boxes) * extent, scores, classes, queries]
+        output = LayerOutput(logits, boxes)
+        return list(select_detections(self.classification, output, sizes, limit))

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..modeling.heads import PredictionHead
 from ..modeling.meta_arch import Detr
 from ..modeling.queries import PointQueries, TopKQueries
-from ..processor import is_bfloat16_fast
+from ..processor import has_bfloat16
 from . import pack
 from .export import export_model
 from .fold import folded
@@ -25,7 +25,7 @@ from .runtime import ExportedDetr, load_exported
 logger = logging.getLogger(__name__)
 
 BACKENDS = {"torch": "", "onnxruntime": ".onnx", "openvino": ".xml"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def optimize_for_inference(
@@ -42,8 +42,8 @@ def optimize_for_inference(
 
     Args:
         model: a `Detr`.
-        dtype: float32, or bfloat16 for everything but prediction heads and coordinates; CPUs that
-            would be slower in bfloat16 run float32.
+        dtype: float32, or bfloat16, on GPUs also float16, for everything but prediction heads and
+            coordinates; devices that would be slower in bfloat16 run float32.
         compile: `torch.compile` backbone and transformer instead of packing; every new image size
             may take minutes.
         backend: "torch", or "openvino" or "onnxruntime", for which the model is exported first.
@@ -62,8 +62,15 @@ def optimize_for_inference(
         )
     if backend != "torch":
         return exported(model, dtype, BACKENDS[backend])
-    if dtype == torch.bfloat16 and model.device.type == "cpu" and not is_bfloat16_fast():
-        logger.warning("This CPU is slower in bfloat16 than in float32: the model runs in float32.")
+    device = model.device.type
+    if dtype == torch.float16 and device != "cuda":
+        raise UserError(f"float16 is for GPUs, the model is on {device!r}: choose bfloat16.")
+    if dtype == torch.bfloat16 and not has_bfloat16(device):
+        other = " (float16 is faster)" if device == "cuda" else ""
+        logger.warning(
+            f"This {device} device is slower in bfloat16 than in float32{other}: the model runs in "
+            "float32."
+        )
         dtype = torch.float32
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fast.backbone = folded(fast.backbone, fast.device, len(fast.pixel_mean))
@@ -77,7 +84,7 @@ def optimize_for_inference(
         fast.backbone = torch.compile(fast.backbone)
         fast.transformer = torch.compile(fast.transformer)
     elif fast.device.type == "cpu" and pack.is_available():
-        fast.neck.position = RememberedPositions(fast.neck.position)
+        fast.neck.position = CachedPositionEmbedding(fast.neck.position)
         for part in heads + points:
             pack.pack(part, torch.float32)
         pack.pack(fast, dtype)
@@ -85,8 +92,10 @@ def optimize_for_inference(
     if dtype != torch.float32:
         for part in points + [p for head in heads for p in (head.class_head, head.box_head)]:
             part.forward = _in_float32(part.forward, fast.device.type)
-        autocast = torch.autocast(fast.device.type, dtype)
-        fast.forward, fast.predict = autocast(fast.forward), autocast(fast.predict)
+        for name in ("forward", "predict", "predict_all"):
+            # One each: forward calls predict_all, and what is entered twice is left once.
+            autocast = torch.autocast(fast.device.type, dtype)
+            setattr(fast, name, autocast(getattr(fast, name)))
     return fast
 
 
@@ -105,11 +114,11 @@ def _in_float32(
 def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """
     Raises:
-        UserError: neither float32 nor bfloat16.
+        UserError: none of `DTYPES`.
     """
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
-        raise UserError(f"Inference runs in float32 or bfloat16, not in {dtype}.")
+        raise UserError(f"Inference runs in {', '.join(DTYPES)}, not in {dtype}.")
     return dtype
 
 
@@ -139,7 +148,7 @@ def exported(model: Detr, dtype: torch.dtype, suffix: str) -> ExportedDetr:
         return load_exported(path, dtype)
 
 
-class RememberedPositions(nn.Module):
+class CachedPositionEmbedding(nn.Module):
     """Position embeddings of maps without padding, made once for each size."""
 
     capacity = 64

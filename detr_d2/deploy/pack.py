@@ -220,23 +220,23 @@ def _packed(module: nn.Module, dtype: torch.dtype, may_overwrite: bool) -> nn.Mo
         return PackedFeedForward(module, dtype)
     if type(module) is SelfAttention:
         return PackedSelfAttention(module, dtype)
-    if type(module) is BasicStem and _is_free(module.conv1):
+    if type(module) is BasicStem and _is_plain(module.conv1):
         return PackedStem(module, dtype)
     if type(module) in (BottleneckBlock, BasicBlock):
         convolutions = [c for c in module.modules() if isinstance(c, nn.Conv2d)]
-        if all(map(_is_free, convolutions)):
+        if all(map(_is_plain, convolutions)):
             return PackedBlock(module, dtype, may_overwrite)
         return None
     if type(module) is nn.Linear:  # others may do more, or have their weights read by a parent
         return PackedLinear(module, dtype)
-    if isinstance(module, nn.Conv2d) and _is_free(module):
+    if isinstance(module, nn.Conv2d) and _is_plain(module):
         return PackedConv2d(module, dtype)
     return None
 
 
-def _is_free(convolution: nn.Conv2d) -> bool:
-    """A plain convolution: detectron2's may hold a norm, timm's may pad according to the input,
-    and PyTorch's by a word."""
+def _is_plain(convolution: nn.Conv2d) -> bool:
+    """Whether a convolution is plain: no norm or activation inside (detectron2), no padding that
+    depends on the input (timm) or is given as "same" or "valid" (PyTorch)."""
     forward = type(convolution).forward
     plain = forward is nn.Conv2d.forward or hasattr(convolution, "norm")
     held = getattr(convolution, "norm", None), getattr(convolution, "activation", None)

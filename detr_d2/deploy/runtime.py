@@ -6,6 +6,7 @@ Shapes: B images, H and W of the padded batch in pixels, D detections per image,
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -22,6 +23,8 @@ from ..modeling.meta_arch import Detr
 from ..modeling.panoptic import PanopticMerger
 from ..modeling.segmentation import add_masks, add_panoptic
 from .pt2 import load_program
+
+logger = logging.getLogger(__name__)
 
 # (images (B, 3, H, W), sizes (B, 2)) -> boxes (B, D, 4), scores (B, D), classes (B, D); with masks
 # also queries (B, D), logits (B, D, h, w)
@@ -189,9 +192,15 @@ def load_exported(path: str | Path, dtype: torch.dtype = torch.float32) -> Expor
 
 
 def open_model(path: Path, dtype: torch.dtype = torch.float32) -> Run:
-    """The function in a `.pt2`, `.onnx` or `.xml` file, see `load_exported`."""
-    if dtype != torch.float32 and path.suffix != ".xml":
-        raise UserError(f"'{path}' computes in float32; only OpenVINO's files can do otherwise.")
+    """The function in a `.pt2`, `.onnx` or `.xml` file, see `load_exported`.
+
+    Raises:
+        UserError: the file cannot be opened, or does not compute in that type.
+    """
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and path.suffix != ".xml"):
+        raise UserError(f"'{path}' computes in float32; only OpenVINO's files can in bfloat16.")
+    if torch.cuda.is_available():
+        logger.warning(f"'{path}' computes on the CPU: on a GPU, weights in PyTorch are faster.")
     try:
         return _OPENERS[path.suffix](path, dtype)
     except UserError:

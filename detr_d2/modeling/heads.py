@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..box_ops import inverse_sigmoid
+from ..box_ops import cxcywh_to_xyxy, inverse_sigmoid
 from ..losses import focal_loss
+from ..processor import in_float32
 from ..structures import LayerOutput
 
 
@@ -190,7 +191,11 @@ class SigmoidClassification(nn.Module):
 
 class VarifocalClassification(SigmoidClassification):
     """Sigmoids that are to predict how good the box is, so that the best boxes come first
-    (Zhang et al., VarifocalNet, 2021, equation 2; in DETRs since RT-DETR)."""
+    (Zhang et al., VarifocalNet, 2021, equation 2; in DETRs since RT-DETR).
+
+    Positives are weighted by their IoU, negatives by 1 - alpha times the probability to the power
+    gamma. The matching cost is focal, as in `SigmoidClassification`.
+    """
 
     uses_iou = True
 
@@ -277,8 +282,31 @@ class PredictionHead(nn.Module):
     def boxes(self, content: Tensor, reference: Tensor | None = None) -> Tensor:
         """The boxes alone."""
         # In float32 whatever autocast says: bfloat16 above 0.5 is as coarse as 1/256 of the image.
-        logits = self.box_head(content).float()
+        logits = in_float32(self.box_head, content)
         if self.is_offset:
             start = inverse_sigmoid(reference, self.reference_eps)
             logits = logits + F.pad(start, (0, 4 - start.shape[-1]))
         return logits.sigmoid()
+
+
+def select_detections(
+    classification: SoftmaxClassification | SigmoidClassification,
+    output: LayerOutput,
+    sizes: Tensor,
+    limit: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best detections of one decoder layer, in pixels.
+
+    Args:
+        output: logits (B, Q, number of logits) and boxes (B, Q, 4), cxcywh, normalised.
+        sizes: (B, 2), height and width of the images without padding, in pixels.
+        limit: at most so many of an image.
+
+    Returns:
+        boxes (B, D, 4) xyxy in pixels, scores (B, D), classes (B, D) and queries (B, D), the best
+        first.
+    """
+    scores, classes, queries = classification.select(output.logits, limit)
+    boxes = output.boxes.gather(1, queries[..., None].expand(-1, -1, 4))
+    extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.dtype)
+    return cxcywh_to_xyxy(boxes) * extent, scores, classes, queries

@@ -15,12 +15,12 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, detector_postproce
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from ..box_ops import cxcywh_to_xyxy, xyxy_to_cxcywh
+from ..box_ops import xyxy_to_cxcywh
 from ..errors import UserError
 from ..structures import LayerOutput, Memory, Predictions, Target
 from .from_config import build_parts
 from .frozen_norm import fold_frozen_norms
-from .heads import PredictionHead
+from .heads import PredictionHead, select_detections
 from .mask_head import MaskSource
 from .neck import padding_mask
 from .panoptic import PanopticMerger
@@ -67,13 +67,15 @@ class Detr(nn.Module):
             frozen_detector: train the mask head alone.
 
         Raises:
-            UserError: the transformer predicts other classes than the criterion compares, or there
-                are no masks to merge.
+            UserError: the transformer predicts other classes than the criterion compares, or a
+                panoptic merger or a frozen detector comes without a mask head.
         """
         super().__init__()
         check_num_logits(transformer, criterion.classification)
         if panoptic is not None and mask_head is None:
             raise UserError("Detr has a panoptic merger, but no mask_head whose masks it merges.")
+        if frozen_detector and mask_head is None:
+            raise UserError("Detr has frozen_detector=True, but no mask_head to train.")
         fold_frozen_norms(backbone, len(pixel_mean))
         self.backbone = backbone
         self.neck = neck
@@ -114,8 +116,9 @@ class Detr(nn.Module):
         """
         Args:
             batched_inputs: detectron2's standard input: "image" (C, H, W) in [0, 255]; in
-                training "instances" with `gt_boxes` (xyxy, pixels) and `gt_classes`; for
-                inference optionally "height" and "width", the size of the output.
+                training "instances" with `gt_boxes` (xyxy, pixels), `gt_classes` and, with a mask
+                head, `gt_masks`; for inference optionally "height" and "width", the size of the
+                output.
             object_counts: see `SetCriterion.forward`; training only.
 
         Returns:
@@ -123,11 +126,15 @@ class Detr(nn.Module):
             {"instances": Instances} with `pred_boxes` (xyxy, pixels of the output size),
             `scores` and `pred_classes`, best first; with a mask head `pred_masks` (D, H, W) bool of
             the output size; with `panoptic` also "panoptic_seg".
+
+        Raises:
+            UserError: a class that the model does not have, in training.
+            FloatingPointError: boxes or logits of the model are not finite, in training.
         """
         if self.training:
             # First, so that no copy to the device has to wait for the forward pass.
             targets = self.prepare_targets(batched_inputs)
-            if self.frozen_detector:  # only its last word is needed, and no denoising
+            if self.frozen_detector:  # only the last layer is needed, and no denoising
                 predictions = self.predict_all(batched_inputs, last_only=True)
                 predictions.proposals = None
             else:
@@ -243,6 +250,7 @@ class Detr(nn.Module):
             masks = None
             if self.mask_head is not None:
                 masks = to_bitmasks(x["instances"], height, width)
+                masks = masks.to(self.device, non_blocking=True)
             targets.append(Target(classes, boxes, masks))
         return targets
 
@@ -250,13 +258,13 @@ class Detr(nn.Module):
         self, output: LayerOutput, batched_inputs: Sequence[dict[str, Any]]
     ) -> list[dict[str, Instances]]:
         """Detections of one decoder layer's output, at the size each input asks for."""
-        scores, classes, queries = self.criterion.classification.select(
-            output.logits.float(), self.detections_per_image
+        sizes = torch.tensor([x["image"].shape[-2:] for x in batched_inputs], dtype=torch.float32)
+        corners, scores, classes, queries = select_detections(
+            self.criterion.classification,
+            LayerOutput(output.logits.float(), output.boxes.float()),
+            sizes.to(output.boxes.device, non_blocking=True),
+            self.detections_per_image,
         )
-        boxes = output.boxes.float().gather(1, queries[..., None].expand(-1, -1, 4))
-        sizes = torch.tensor([x["image"].shape[-2:] for x in batched_inputs], dtype=boxes.dtype)
-        extent = sizes.flip(1).repeat(1, 2)[:, None].to(boxes.device, non_blocking=True)
-        corners = cxcywh_to_xyxy(boxes) * extent
         queries = None if self.mask_head is None else queries
         return self.detections(corners, scores, classes, batched_inputs, queries)
 

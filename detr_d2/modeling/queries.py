@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..box_ops import inverse_sigmoid
+from ..processor import in_float32
 from ..structures import LayerOutput, Memory, Proposals, Queries
 from .deformable import token_centres
 from .heads import MLP, PredictionHead
@@ -53,7 +54,7 @@ class PointQueries(nn.Module):
     def forward(self, memory: Memory) -> tuple[Queries, Proposals | None]:
         """See the head of this file; references are points (B, Q, 2)."""
         position = _for_each_image(self.position, memory)
-        reference = self.reference_head(self.position.weight).float().sigmoid()
+        reference = in_float32(self.reference_head, self.position.weight).sigmoid()
         queries = Queries(
             content=_content(self.content, position),
             position=position,
@@ -82,9 +83,9 @@ class TopKQueries(nn.Module):
     """The best proposals that the encoder's tokens make, one each
     ("two-stage": Deformable DETR, section 4.2 and appendix A.4; DINO, section 3.3).
 
-    A token proposes a box about its own cell, of 0.05 * 2^level of the image. Cells on padding and
-    those whose centre or size is not within (0.01, 0.99) propose nothing: all of them have one and
-    the same score, which training makes low.
+    A token proposes a box about its own cell, of 0.05 * 2^level of the image. Cells on padding, and
+    those whose centre or size is not within (0.01, 0.99), all propose the same: their features are
+    zeroed, so that they share one score, which training makes low, and the box (1, 1, 1, 1).
     """
 
     def __init__(
