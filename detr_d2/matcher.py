@@ -44,6 +44,9 @@ class HungarianMatcher(nn.Module):
 
         Returns:
             One assignment per entry of `outputs`, on the CPU, sorted by image and query.
+
+        Raises:
+            FloatingPointError: boxes or logits are not finite, so no assignment has a cost.
         """
         counts = [len(target.classes) for target in targets[0]]
         costs = [

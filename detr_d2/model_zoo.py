@@ -104,6 +104,9 @@ def get_config(config_path: str, trained: bool = False) -> CfgNode | DictConfig:
         config_path: see `get_config_file`.
         trained: set `MODEL.WEIGHTS` (`train.init_checkpoint`) to the trained weights instead of
             those training starts from.
+
+    Raises:
+        UserError: there is no such config, or no trained weights for it.
     """
     if config_path.endswith(".py"):
         lazy = LazyConfig.load(get_config_file(config_path))
@@ -123,6 +126,9 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
     Args:
         config_path, trained: see `get_config`.
         device: where to put it; by default the config's, or the CPU on a machine without GPU.
+
+    Raises:
+        UserError: there is no such config, or no trained weights for it.
     """
     cfg = get_config(config_path, trained)
     if isinstance(cfg, CfgNode):

@@ -3,8 +3,8 @@
 Shapes: B images, S memory tokens (all levels, from fine to coarse, row by row), L levels,
 Q queries, C channels, K logits per query, T objects of an image, P matched pairs, D denoising
 queries in G groups, H and W in pixels. Boxes are cxcywh, normalised to the
-unpadded image.
-Masks are True where something is to be ignored.
+unpadded image. `padding` and `attention_mask` are True where something is to be ignored; `valid`
+and the masks of objects are True where there is something.
 """
 
 from __future__ import annotations

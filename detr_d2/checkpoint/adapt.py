@@ -78,8 +78,8 @@ def fit_checkpoint(
     _refuse_another_model(found, strange, model_state, path, recognised.title)
     _refuse_another_shape("transformer", differing, state, path)
     names = (checkpoint.get("class_names"), class_names)
-    ends = (recognised.no_object, no_object)
-    state |= _fit_classes(found, model_state, path, names, ends, new_class_head, report)
+    no_objects = (recognised.no_object, no_object)
+    state |= _fit_classes(found, model_state, path, names, no_objects, new_class_head, report)
     if differing:
         report.notes.append("Left at their INITIAL value for their shape: " + abbreviate(differing))
     report.loaded = list(state)
@@ -147,15 +147,15 @@ _SHAPES = {
 
 
 def _refuse_another_shape(
-    room: str, differing: dict[str, tuple], state: StateDict, path: str
+    module: str, differing: dict[str, tuple], state: StateDict, path: str
 ) -> None:
-    keys, tolerated = _SHAPES[room]
-    names = [name for name in differing if name.startswith(room)]
-    fitting = sum(name.startswith(room) for name in state)
+    keys, tolerated = _SHAPES[module]
+    names = [name for name in differing if name.startswith(module)]
+    fitting = sum(name.startswith(module) for name in state)
     if len(names) > tolerated * (len(names) + fitting):
         theirs, ours = differing[names[0]]
         raise UserError(
-            f"'{path}' does not fit the model: {len(names)} tensors of the {room} have another "
+            f"'{path}' does not fit the model: {len(names)} tensors of the {module} have another "
             f"shape, first '{names[0]}' with {theirs} in the file and {ours} in the model. "
             f"Set {keys} as they were in training."
         )
@@ -217,15 +217,22 @@ def _fit_classes(
     head = next((name for name in tensors if ".class_head." in name), None)
     if head is None:
         return {name: t for name, t in tensors.items() if t.shape == model_state[name].shape}
-    ends, ended = no_object
-    if ends is None:
-        ends = _ends_with_no_object(len(tensors[head]), class_names[0], ended)
-    if ends != ended:
+    theirs_has_no_object, ours_has_no_object = no_object
+    if theirs_has_no_object is None:
+        theirs_has_no_object = _ends_with_no_object(
+            len(tensors[head]), class_names[0], ours_has_no_object
+        )
+    if theirs_has_no_object != ours_has_no_object:
         report.notes.append(
             "The class head was trained with {}, the model has {}: train it before you evaluate "
-            "it.".format(*("softmax" if x else "sigmoid" for x in (ends, ended)))
+            "it.".format(
+                *("softmax" if x else "sigmoid" for x in (theirs_has_no_object, ours_has_no_object))
+            )
         )
-    source, target = len(tensors[head]) - ends, len(model_state[head]) - ended
+    source, target = (
+        len(tensors[head]) - theirs_has_no_object,
+        len(model_state[head]) - ours_has_no_object,
+    )
     classes, note = _match_classes(path, source, target, class_names, new_class_head)
     if note:
         report.notes.append(note)

@@ -17,8 +17,8 @@ from .names import Format, Row, StateDict
 
 # What comes before the names proper when a whole model was wrapped before it was saved.
 _WRAPPED = ((r"^module\.", ""), (r"^_orig_mod\.", ""))
-_ROOMS = ("backbone", "neck", "transformer", "mask_head")
-_EVERY_ROOM = tuple((f"{room}.**", f"{room}.**") for room in _ROOMS)
+_MODULES = ("backbone", "neck", "transformer", "mask_head")
+_EVERY_MODULE = tuple((f"{module}.**", f"{module}.**") for module in _MODULES)
 _MASKS = r"mask_head\.|bbox_attention\."
 
 OWN = Format(
@@ -27,7 +27,7 @@ OWN = Format(
     signature=(
         r"neck\.projections\.|transformer\.(queries|decoder\.heads)\.|backbone\.(stem|body)\.",
     ),
-    rows=_EVERY_ROOM,
+    rows=_EVERY_MODULE,
     spellings=_WRAPPED,
 )
 

@@ -5,14 +5,16 @@ Without the backbones.
 
 from __future__ import annotations
 
-from .names import Row
-from .official_names import MASK_HEAD, deformable_attention, separate_projections
+from .official_names import (
+    MASK_HEAD,
+    OWN_HEAD,
+    OWN_QUERIES,
+    QUERY_POSITION,
+    Rows,
+    deformable_attention,
+    separate_projections,
+)
 
-Rows = tuple[Row, ...]
-
-_OWN_QUERIES = "transformer.queries."
-_OWN_HEAD = "transformer.decoder.heads."
-_QUERY_POSITION = "transformer.decoder.query_position."
 _OWN_ENCODER, _OWN_DECODER = "transformer.encoder.layers.#.", "transformer.decoder.layers.#."
 _ENCODER, _DECODER = "model.encoder.layers.#.", "model.decoder.layers.#."
 
@@ -52,14 +54,14 @@ _SINGLE_SCALE = (
     ("neck.projections.0.*", "model.input_projection.*"),
     ("neck.position.row_embedding.*", "model.position_embedding.row_embeddings.*"),
     ("neck.position.column_embedding.*", "model.position_embedding.column_embeddings.*"),
-    (_OWN_HEAD + "0.box_head.layers.#.*", "bbox_predictor.layers.#.*"),
+    (OWN_HEAD + "0.box_head.layers.#.*", "bbox_predictor.layers.#.*"),
 )
 
 _LEARNED = (
     *_SINGLE_SCALE,
     *_decoder_norms("self_attn", "encoder_attn"),
-    (_OWN_QUERIES + "position.weight", "model.query_position_embeddings.weight"),
-    (_OWN_HEAD + "0.class_head.*", "class_labels_classifier.*"),
+    (OWN_QUERIES + "position.weight", "model.query_position_embeddings.weight"),
+    (OWN_HEAD + "0.class_head.*", "class_labels_classifier.*"),
 )
 
 DETR = (
@@ -69,7 +71,7 @@ DETR = (
     *_attention(_OWN_DECODER + "cross_attn.", _DECODER + "encoder_attn."),
 )
 
-_SCALE = (_QUERY_POSITION + "scale.layers.#.*", "model.decoder.query_scale.layers.#.*")
+_SCALE = (QUERY_POSITION + "scale.layers.#.*", "model.decoder.query_scale.layers.#.*")
 
 CONDITIONAL_DETR = (
     *MASK_HEAD,
@@ -78,7 +80,7 @@ CONDITIONAL_DETR = (
     (_OWN_DECODER + "self_attn.out_proj.*", _DECODER + "self_attn.out_proj.*"),
     (_OWN_DECODER + "cross_attn.out_proj.*", _DECODER + "encoder_attn.out_proj.*"),
     _SCALE,
-    (_OWN_QUERIES + "reference_head.layers.#.*", "model.decoder.ref_point_head.layers.#.*"),
+    (OWN_QUERIES + "reference_head.layers.#.*", "model.decoder.ref_point_head.layers.#.*"),
 )
 
 
@@ -105,12 +107,12 @@ DAB_DETR = (
         _OWN_DECODER + "cross_attn.spatial_q_proj.*",
         _DECODER + "cross_attn.cross_attn_query_pos_sine_proj.*",
     ),
-    (_OWN_HEAD + "0.class_head.*", "class_embed.*"),
+    (OWN_HEAD + "0.class_head.*", "class_embed.*"),
     _SCALE,
-    (_QUERY_POSITION + "box_mlp.layers.#.*", "model.decoder.ref_point_head.layers.#.*"),
-    (_QUERY_POSITION + "size_mlp.layers.#.*", "model.decoder.ref_anchor_head.layers.#.*"),
+    (QUERY_POSITION + "box_mlp.layers.#.*", "model.decoder.ref_point_head.layers.#.*"),
+    (QUERY_POSITION + "size_mlp.layers.#.*", "model.decoder.ref_anchor_head.layers.#.*"),
     ("transformer.encoder.position_scale.layers.#.*", "model.encoder.query_scale.layers.#.*"),
-    (_OWN_QUERIES + "anchors.weight", "model.query_refpoint_embeddings.weight"),
+    (OWN_QUERIES + "anchors.weight", "model.query_refpoint_embeddings.weight"),
 )
 
 _MULTI_SCALE = (
@@ -121,22 +123,22 @@ _MULTI_SCALE = (
     *deformable_attention(_OWN_DECODER + "cross_attn.", _DECODER + "encoder_attn."),
     ("neck.projections.#.#.*", "model.input_proj.#.#.*"),
     ("neck.level_embedding", "model.level_embed"),
-    (_OWN_HEAD + "#.class_head.*", "class_embed.#.*"),
-    (_OWN_HEAD + "#.box_head.layers.#.*", "bbox_embed.#.layers.#.*"),
+    (OWN_HEAD + "#.class_head.*", "class_embed.#.*"),
+    (OWN_HEAD + "#.box_head.layers.#.*", "bbox_embed.#.layers.#.*"),
 )
 
 DEFORMABLE_DETR = (
     *_MULTI_SCALE,
-    (_OWN_QUERIES + "[position,content].weight", "model.query_position_embeddings.weight"),
-    (_OWN_QUERIES + "reference_head.layers.0.*", "model.reference_points.*"),
+    (OWN_QUERIES + "[position,content].weight", "model.query_position_embeddings.weight"),
+    (OWN_QUERIES + "reference_head.layers.0.*", "model.reference_points.*"),
 )
 
 TWO_STAGE_DEFORMABLE_DETR = (
-    (_OWN_QUERIES + "head.class_head.*", "class_embed.last.*"),
-    (_OWN_QUERIES + "head.box_head.layers.#.*", "bbox_embed.last.layers.#.*"),
+    (OWN_QUERIES + "head.class_head.*", "class_embed.last.*"),
+    (OWN_QUERIES + "head.box_head.layers.#.*", "bbox_embed.last.layers.#.*"),
     *_MULTI_SCALE,
-    (_OWN_QUERIES + "memory_proj.*", "model.enc_output.*"),
-    (_OWN_QUERIES + "memory_norm.*", "model.enc_output_norm.*"),
-    (_OWN_QUERIES + "position_proj.*", "model.pos_trans.*"),
-    (_OWN_QUERIES + "position_norm.*", "model.pos_trans_norm.*"),
+    (OWN_QUERIES + "memory_proj.*", "model.enc_output.*"),
+    (OWN_QUERIES + "memory_norm.*", "model.enc_output_norm.*"),
+    (OWN_QUERIES + "position_proj.*", "model.pos_trans.*"),
+    (OWN_QUERIES + "position_norm.*", "model.pos_trans_norm.*"),
 )

@@ -87,7 +87,8 @@ class Format:
         last: regular expression of what comes before a number; the highest number that a file has
             there is ``last`` in the table.
         not_ours: regular expression of names, in the table's spelling, that belong to parts the
-            detector does not have (a classifier, a mask head); they are ignored when loading.
+            detector does not have (a classifier, a criterion, the buffers of pixel statistics);
+            they are ignored when loading.
         no_object: whether the last row of a class head stands for "no object"; None: not known.
     """
 

@@ -9,9 +9,9 @@ from .names import Row
 
 Rows = tuple[Row, ...]
 
-_OWN_QUERIES = "transformer.queries."
-_OWN_HEAD = "transformer.decoder.heads."
-_QUERY_POSITION = "transformer.decoder.query_position."
+OWN_QUERIES = "transformer.queries."
+OWN_HEAD = "transformer.decoder.heads."
+QUERY_POSITION = "transformer.decoder.query_position."
 _ENCODER, _DECODER = "transformer.encoder.layers.#.", "transformer.decoder.layers.#."
 
 
@@ -62,7 +62,7 @@ def _layers(*decoder_norms: str) -> Rows:
 
 def _heads(number: str = "0.", foreign_number: str = "") -> Rows:
     return _head(
-        f"{_OWN_HEAD}{number}", f"class_embed.{foreign_number}", f"bbox_embed.{foreign_number}"
+        f"{OWN_HEAD}{number}", f"class_embed.{foreign_number}", f"bbox_embed.{foreign_number}"
     )
 
 
@@ -96,7 +96,7 @@ DETR = (
     *_SINGLE_SCALE,
     *_plain_attention(_DECODER + "self_attn.", _DECODER + "self_attn."),
     *_plain_attention(_DECODER + "cross_attn.", _DECODER + "multihead_attn."),
-    (_OWN_QUERIES + "position.weight", "query_embed.weight"),
+    (OWN_QUERIES + "position.weight", "query_embed.weight"),
 )
 
 _CONDITIONAL_ATTENTION = (
@@ -104,32 +104,32 @@ _CONDITIONAL_ATTENTION = (
     *separate_projections(_DECODER, _DECODER),
     (_DECODER + "self_attn.out_proj.*", _DECODER + "self_attn.out_proj.*"),
     (_DECODER + "cross_attn.out_proj.*", _DECODER + "cross_attn.out_proj.*"),
-    (_QUERY_POSITION + "scale.layers.#.*", "transformer.decoder.query_scale.layers.#.*"),
+    (QUERY_POSITION + "scale.layers.#.*", "transformer.decoder.query_scale.layers.#.*"),
 )
 
 CONDITIONAL_DETR = (
     *_CONDITIONAL_ATTENTION,
-    (_OWN_QUERIES + "position.weight", "query_embed.weight"),
+    (OWN_QUERIES + "position.weight", "query_embed.weight"),
     (
-        _OWN_QUERIES + "reference_head.layers.#.*",
+        OWN_QUERIES + "reference_head.layers.#.*",
         "transformer.decoder.ref_point_head.layers.#.*",
     ),
 )
 
 _BOX_MLP = (
-    _QUERY_POSITION + "box_mlp.layers.#.*",
+    QUERY_POSITION + "box_mlp.layers.#.*",
     "transformer.decoder.ref_point_head.layers.#.*",
 )
 
 DAB_DETR = (
     *_CONDITIONAL_ATTENTION,
     _BOX_MLP,
-    (_QUERY_POSITION + "size_mlp.layers.#.*", "transformer.decoder.ref_anchor_head.layers.#.*"),
+    (QUERY_POSITION + "size_mlp.layers.#.*", "transformer.decoder.ref_anchor_head.layers.#.*"),
     (
         "transformer.encoder.position_scale.layers.#.*",
         "transformer.encoder.query_scale.layers.#.*",
     ),
-    (_OWN_QUERIES + "anchors.weight", "refpoint_embed.weight"),
+    (OWN_QUERIES + "anchors.weight", "refpoint_embed.weight"),
 )
 
 _LABELS = ("transformer.denoising.label_embedding.weight", "label_enc.weight")
@@ -148,34 +148,34 @@ _MULTI_SCALE = (
 DEFORMABLE_DETR = (
     *_MULTI_SCALE,
     *_heads("#.", "#."),
-    (_OWN_QUERIES + "[position,content].weight", "query_embed.weight"),
-    (_OWN_QUERIES + "reference_head.layers.0.*", "transformer.reference_points.*"),
+    (OWN_QUERIES + "[position,content].weight", "query_embed.weight"),
+    (OWN_QUERIES + "reference_head.layers.0.*", "transformer.reference_points.*"),
 )
 
 _TOP_K = (
-    (_OWN_QUERIES + "memory_proj.*", "transformer.enc_output.*"),
-    (_OWN_QUERIES + "memory_norm.*", "transformer.enc_output_norm.*"),
+    (OWN_QUERIES + "memory_proj.*", "transformer.enc_output.*"),
+    (OWN_QUERIES + "memory_norm.*", "transformer.enc_output_norm.*"),
 )
 
 TWO_STAGE_DEFORMABLE_DETR = (
     *_MULTI_SCALE,
-    *_head(_OWN_QUERIES + "head.", "class_embed.last.", "bbox_embed.last."),
+    *_head(OWN_QUERIES + "head.", "class_embed.last.", "bbox_embed.last."),
     *_heads("#.", "#."),
     *_TOP_K,
-    (_OWN_QUERIES + "position_proj.*", "transformer.pos_trans.*"),
-    (_OWN_QUERIES + "position_norm.*", "transformer.pos_trans_norm.*"),
+    (OWN_QUERIES + "position_proj.*", "transformer.pos_trans.*"),
+    (OWN_QUERIES + "position_norm.*", "transformer.pos_trans_norm.*"),
 )
 
 DINO = (
     *_MULTI_SCALE,
     *_head(
-        _OWN_QUERIES + "head.",
+        OWN_QUERIES + "head.",
         "transformer.enc_out_class_embed.",
         "transformer.enc_out_bbox_embed.",
     ),
     *_heads(foreign_number="0."),
     *_TOP_K,
-    (_OWN_QUERIES + "content.weight", "transformer.tgt_embed.weight"),
+    (OWN_QUERIES + "content.weight", "transformer.tgt_embed.weight"),
     _BOX_MLP,
     _LABELS,
 )

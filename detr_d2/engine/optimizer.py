@@ -42,6 +42,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     `SOLVER.WEIGHT_DECAY_BIAS` says otherwise (`SOLVER.WEIGHT_DECAY_NORM` is not read). Clipping
     by the norm of all gradients ("full_model") is the trainer's; detectron2's clipping per
     parameter ("value", "norm") is added here.
+
+    Raises:
+        UserError: nothing to train, an unknown optimizer, or clipping that does not exist.
     """
     solver = cfg.SOLVER
     parameters = get_default_optimizer_params(
@@ -73,7 +76,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def full_model_clip_norm(cfg: CfgNode) -> float | None:
-    """Largest norm of all gradients taken as one vector, or None where the config asks for none."""
+    """Largest norm of all gradients taken as one vector, or None where the config asks for none.
+
+    Raises:
+        UserError: an unknown CLIP_TYPE, or full_model with a norm other than 2.
+    """
     clipping = cfg.SOLVER.CLIP_GRADIENTS
     if not clipping.ENABLED:
         return None

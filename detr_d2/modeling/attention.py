@@ -24,6 +24,10 @@ class MultiHeadAttention(nn.Module):
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0):
+        """
+        Raises:
+            UserError: `hidden_dim` is not divisible by `num_heads`.
+        """
         super().__init__()
         self.num_heads = check_heads(hidden_dim, num_heads)
         self.dropout = dropout
@@ -135,7 +139,7 @@ class SelfAttention(MultiHeadAttention):
         self, content: Tensor, position: Tensor | None, allowed: Tensor | None = None
     ) -> Tensor:
         """(B, Q, C), (B, Q, C) or None, mask broadcasting to (B, heads, Q, Q) -> (B, Q, C)."""
-        query = located(content, position)
+        query = with_position(content, position)
         return self.attend(query, query, content, allowed)
 
 
@@ -161,7 +165,7 @@ class PlainAttention(MultiHeadAttention):
         """
         allowed = ~memory.padding[:, None, None, :]
         key = memory.tokens + memory.positions
-        query = located(content, position.embedding)
+        query = with_position(content, position.embedding)
         return self.attend(query, key, memory.tokens, allowed)
 
 
@@ -170,6 +174,10 @@ class SeparateSelfAttention(nn.Module):
     (Conditional DETR, Meng et al., 2021, section 3.3)."""
 
     def __init__(self, hidden_dim: int, num_heads: int, dropout: float = 0.0):
+        """
+        Raises:
+            UserError: `hidden_dim` is not divisible by `num_heads`.
+        """
         super().__init__()
         self.num_heads = check_heads(hidden_dim, num_heads)
         self.dropout = dropout
@@ -211,6 +219,9 @@ class ConditionalAttention(nn.Module):
         Args:
             is_first: in the first decoder layer, whose content knows nothing yet, the position
                 embeddings of queries and tokens enter the content, too.
+
+        Raises:
+            UserError: `hidden_dim` is not divisible by `num_heads`.
         """
         super().__init__()
         self.num_heads = check_heads(hidden_dim, num_heads)
@@ -268,7 +279,7 @@ class ConditionalAttention(nn.Module):
         return self.out_proj(merge_heads(attended))
 
 
-def located(content: Tensor, embedding: Tensor | None) -> Tensor:
+def with_position(content: Tensor, embedding: Tensor | None) -> Tensor:
     """Content with its position embedding, where there is one."""
     return content if embedding is None else content + embedding
 

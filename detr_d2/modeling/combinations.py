@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
 from detectron2.config import CfgNode
 
 from ..errors import UserError
@@ -30,6 +34,10 @@ CHOICES = {
 }
 
 
+# Where nothing is known of it: what no rule objects to.
+OF_THE_CRITERION = {"CLASSIFICATION": None, "DEEP_SUPERVISION": True}
+
+
 def uses_positions(detr: CfgNode) -> bool:
     """Whether anything may look at the positions of the encoder's tokens. Registered queries and
     attentions may."""
@@ -46,15 +54,27 @@ def check_combination(detr: CfgNode) -> None:
         detr: `cfg.MODEL.DETR`.
 
     Raises:
+        UserError: see `check_parts`.
+    """
+    check_parts({**detr, "DENOISING.METHOD": detr.DENOISING.METHOD})
+
+
+def check_parts(parts: Mapping[str, Any]) -> None:
+    """
+    Args:
+        parts: values of the keys of `MODEL.DETR`; those of the criterion may be missing.
+
+    Raises:
         UserError: a part that does not exist, or parts that make no sense together; with the
             reason.
     """
-    knows_rules = True
-    for key, choices in CHOICES.items():
-        value = detr.DENOISING.METHOD if key == "DENOISING.METHOD" else detr[key]
+    given = {key: parts[key] for key in CHOICES if key in parts}
+    for key, value in given.items():
         check_choice(key, value)
-        knows_rules &= value in choices
-    for is_wrong, reason in _rules(detr) if knows_rules else ():
+    # Of registered parts nothing is known.
+    if any(value not in CHOICES[key] for key, value in given.items()):
+        return
+    for is_wrong, reason in _rules(SimpleNamespace(**OF_THE_CRITERION | dict(parts))):
         if is_wrong:
             raise UserError("These parts do not go together. " + reason)
 
@@ -76,7 +96,8 @@ def check_choice(key: str, value: str) -> None:
         )
 
 
-def _rules(detr: CfgNode) -> list[tuple[bool, str]]:
+def _rules(detr: SimpleNamespace) -> list[tuple[bool, str]]:
+    """What is wrong where it is true, and why; the attributes are keys of `MODEL.DETR`."""
     has_position = detr.QUERIES in ("learned", "point") or (
         detr.QUERIES == "top_k" and detr.QUERY_CONTENT == "position"
     )
@@ -84,7 +105,7 @@ def _rules(detr: CfgNode) -> list[tuple[bool, str]]:
     from_box = detr.QUERY_POSITION in ("modulated", "box", "padded_box")
     refines = detr.REFINEMENT != "none"
     spatial = detr.QUERY_POSITION in ("conditional", "modulated")
-    denoises = detr.DENOISING.METHOD != "none"
+    denoises = getattr(detr, "DENOISING.METHOD") != "none"
     return [
         (
             detr.QUERIES != "top_k" and detr.QUERY_CONTENT in ("memory", "position"),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..structures import Memory, QueryPosition
-from .attention import check_heads, located
+from .attention import check_heads, with_position
 from .recompute import run as run_recomputed
 
 
@@ -34,6 +34,9 @@ class DeformableAttention(nn.Module):
             num_levels: L.
             num_points: P, of each head on each level.
             recompute: activation checkpointing of the samples, see recompute.py.
+
+        Raises:
+            UserError: `hidden_dim` is not divisible by `num_heads`.
         """
         super().__init__()
         self.recompute = recompute
@@ -72,13 +75,13 @@ class DeformableAttention(nn.Module):
             content: (B, Q, C).
             position: its embedding is added to the content where samples are chosen.
             memory: S tokens on L levels.
-            reference: (B, Q, 2 or 4) in [0, 1] of the unpadded image; about a point, offsets count
-                cells, about a box, halves of its width and height.
+            reference: (B, Q, 2 or 4) in [0, 1] of the unpadded image. Offsets from a point are in
+                cells; offsets from a box are in P-ths of half its width and height.
 
         Returns:
             (B, Q, C)
         """
-        query = located(content, position.embedding)
+        query = with_position(content, position.embedding)
         samples = (self.num_heads, self.num_levels, self.num_points)
         offsets = self.sampling_offsets(query).unflatten(-1, (*samples, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)

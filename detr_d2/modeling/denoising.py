@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..structures import Assignment, NoisedObjects, Queries, Target, pad_targets
 
 
@@ -133,8 +134,8 @@ def _noised_classes(classes: Tensor, num_classes: int, probability: float) -> Te
 
 
 def _shift_corners(boxes: Tensor, shift: Tensor) -> Tensor:
-    """Moves x1, y1, x2, y2 by (..., 4) halves of the box's size; the result is cxcywh inside the
-    image, and a side that changed places with its opposite is a size below zero no more."""
+    """Moves each of x1, y1, x2, y2 of cxcywh boxes by (..., 4) times half the box's size. The
+    result is cxcywh inside the image; where two sides crossed, the width or height is 0."""
     half = boxes[..., 2:] / 2
     low = (boxes[..., :2] - half + shift[..., :2] * half).clamp(0, 1)
     high = (boxes[..., :2] + half + shift[..., 2:] * half).clamp(0, 1)
@@ -151,11 +152,20 @@ def _prepend(
     """Puts denoising queries in front of the matching ones.
 
     Args:
-        queries: Q of each image, whose references are boxes.
+        queries: Q of each image, whose references are boxes and which have no position.
         content: (B, G, N, C), N = T or 2T; the first T of a group are to be recovered.
         boxes: (B, G, N, 4).
         valid: (B, G, N) bool.
+
+    Raises:
+        UserError: the queries are of another kind.
     """
+    has_box = queries.reference is not None and queries.reference.shape[-1] == 4
+    if queries.position is not None or not has_box:
+        raise UserError(
+            "Denoising makes queries from boxes alone: those of the initialiser (QUERIES) must "
+            "have boxes for references, and no positions of their own."
+        )
     num_groups, size = boxes.shape[1:3]
     valid = valid.flatten(1)
     return Queries(

@@ -1,8 +1,7 @@
-"""Dropout whose lots cost little on CPUs.
+"""Dropout with cheap random numbers on CPUs.
 
-Where PyTorch does not have MKL do it (on processors of AMD, on ARM), it draws 64 random bits for
-each element, on one core: on two of an EPYC a quarter of DETR R50's training step in bfloat16.
-Sixteen bits say just as well whether an element stays.
+Where PyTorch does not use MKL (AMD, ARM) it draws 64 random bits per element on one core: a quarter
+of DETR R50's bfloat16 training step on two cores of an EPYC. Sixteen bits per element are enough.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def draw_factors(shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
     """0 with probability `p`, which is rounded to a multiple of 2 ** -16, else 1 / (1 - p)."""
     count = math.prod(shape)
     words = torch.empty(math.ceil(count / 4), dtype=torch.int64).random_(-(2**63), None)
-    lots = words.view(torch.int16)[:count].view(shape)
-    kept = lots >= min(round(p * 2**16), 2**16 - 1) - 2**15
+    bits = words.view(torch.int16)[:count].view(shape)
+    kept = bits >= min(round(p * 2**16), 2**16 - 1) - 2**15
     # Of bytes, as PyTorch converts booleans to bfloat16 eight times slower.
     return kept.view(torch.uint8).to(dtype).mul_(1 / (1 - p))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
@@ -19,8 +20,8 @@ from .position import LearnedPositionEmbedding, SinePositionEmbedding
 from .recompute import recompute_backbone
 
 
-def build_parts(cfg: CfgNode) -> dict[str, nn.Module]:
-    """The parts of `Detr` that a config describes, by the names of its arguments.
+def build_parts(cfg: CfgNode) -> dict[str, Any]:
+    """The parts of `Detr` that a config describes, as keyword arguments of its constructor.
 
     Raises:
         UserError: parts that do not exist or do not go together, with the reason.
@@ -113,7 +114,8 @@ def build_mask_head(cfg: CfgNode, backbone: nn.Module, neck: nn.Module) -> MaskH
     """Mask head over the memory and the backbone's finer maps.
 
     Raises:
-        UserError: the memory has several levels, or the backbone gives no finer map.
+        UserError: the memory has several levels, the backbone gives no finer map, or
+            `MODEL.DETR.MASK_STRIDE` is not 1 to the stride of the finest.
     """
     shapes, detr = backbone.output_shape(), cfg.MODEL.DETR
     if detr.NECK != "single_scale":
@@ -155,7 +157,11 @@ def build_mask_head(cfg: CfgNode, backbone: nn.Module, neck: nn.Module) -> MaskH
 
 
 def build_panoptic(cfg: CfgNode) -> PanopticMerger:
-    """Merger for the classes of the config's data sets."""
+    """Merger for the classes of the config's data sets.
+
+    Raises:
+        UserError: none of the data sets is panoptic.
+    """
     return PanopticMerger.from_datasets(
         (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN),
         score_threshold=cfg.MODEL.DETR.PANOPTIC.SCORE_THRESHOLD,

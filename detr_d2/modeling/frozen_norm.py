@@ -71,7 +71,7 @@ def fold_frozen_norms(module: nn.Module, image_channels: int = 3) -> int:
             convolution.
 
     Returns:
-        Of how many norms.
+        The number of norms folded.
     """
     pairs = [
         (convolution, convolution.norm)

@@ -75,7 +75,7 @@ class MaskHead(nn.Module):
             hidden_dim: C.
             num_heads: M, attention maps per query.
             in_features: names of the backbone maps finer than the memory's, from coarse to fine.
-            in_channels: of each of them.
+            in_channels: number of channels of each of them.
             pixel_stride: of masks finer than the backbone's maps, for objects with finer outlines;
                 not in the original. A mask is then the product of an embedding of each pixel and
                 one that the query has there (as in MaskFormer, Cheng et al., 2021, section 3.3,
@@ -86,7 +86,8 @@ class MaskHead(nn.Module):
                 For queries whose content need not know where they are, as their boxes are offsets
                 from references.
             width: channels that the coarsest map has beside the attention maps, halved at each
-                step; 0: C, as in the original. The time that masks take grows with its square.
+                step, at least 16; 0: C, as in the original. The time that masks take grows with its
+                square.
             image_channels: of the image itself.
         """
         super().__init__()
@@ -120,7 +121,8 @@ class MaskHead(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)
-        # An attention map is some thousandths at every place: it has to be heard beside the image.
+        # Not in the original: attention maps are about 0.001 everywhere. Without this factor the
+        # first convolution hardly depends on them, and all queries start with the same mask.
         with torch.no_grad():
             self.convs[0].weight[:, hidden_dim : hidden_dim + num_heads] *= 100
         for projection in (self.q_proj, self.k_proj):

@@ -31,7 +31,9 @@ class PanopticMerger:
         Args:
             thing_classes: contiguous ids of classes whose objects are counted; all others are
                 stuff.
-            score_threshold: queries with a lower score are left out.
+            score_threshold: queries with a lower score are left out. With softmax no less than 0.5:
+                below, queries whose likeliest answer is "no object" may become segments, which the
+                original leaves out.
             min_area: in pixels; a segment as small as this is left out.
         """
         self.thing_classes = set(thing_classes)

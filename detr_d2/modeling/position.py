@@ -26,6 +26,9 @@ class SinePositionEmbedding(nn.Module):
             hidden_dim: C.
             temperature: ratio of the longest to the shortest wave.
             offset: added to the pixel count; -0.5 puts coordinates into the middle of a pixel.
+
+        Raises:
+            UserError: `hidden_dim` is not divisible by 4.
         """
         super().__init__()
         if hidden_dim % 4:

@@ -202,6 +202,10 @@ class Decoder(nn.Module):
                 are the next one's references, a constant to the gradient (Deformable DETR, section
                 4.2); "look_forward_twice": but a prediction's gradient reaches the layer that made
                 its reference (DAB-DETR's code; DINO, section 3.5).
+
+        Raises:
+            UserError: there are no layers.
+            ValueError: the number of heads is neither 1 nor that of the layers.
         """
         super().__init__()
         if not layers:
