@@ -8,6 +8,7 @@ from detectron2.data import MetadataCatalog
 
 from detr_d2.checkpoint import fit_checkpoint
 from detr_d2.checkpoint.class_rows import coco_names, match_classes
+from detr_d2.checkpoint.report import LoadReport
 from detr_d2.errors import UserError
 
 HEAD = "transformer.decoder.heads.0.class_head.weight"
@@ -353,3 +354,10 @@ def test_letters_are_told_apart_by_their_capitals():
     assert match_classes(2, 2, ["a", "a"], ["a", "a"]) == (None, "")
     assert match_classes(3, 2, names, ["a", "A"])[0] == [1, 0]
     assert match_classes(3, 2, names, ["B", "A"])[0] == [2, 0]
+
+
+def test_classes_that_were_never_trained_are_not_evaluated():
+    report = LoadReport("test", loaded=["transformer.x"], new_classes=2)
+    with pytest.raises(UserError, match="2 of the model's classes were never trained in 'a.pth'"):
+        report.refuse_untrained("a.pth")
+    LoadReport("test", loaded=["transformer.x"]).refuse_untrained("a.pth")

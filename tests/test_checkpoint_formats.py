@@ -508,3 +508,27 @@ def test_half_the_size(tmp_path):
         assert theirs.dtype == ours.dtype
         torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-6, msg=name)
         assert ours.ndim >= 2 or torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("to", ["original", "detectron2-wrapper", "huggingface"])
+def test_models_with_masks_are_written_and_read_again(tmp_path, to):
+    """Their detector stands below `detr.`, in detectron2's wrapper the mask head, too."""
+    cfg = small_config()
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    model = randomised(build_model(cfg))
+    own, there = str(tmp_path / "own.pth"), str(tmp_path / "there.pth")
+    write_checkpoint(own, model.state_dict())
+    convert_checkpoint(own, there, to)
+    names = read_checkpoint(there)["model"]
+    bare = [name for name in names if not name.startswith("detr.")]
+    if to == "detectron2-wrapper":
+        assert not bare
+    else:
+        assert bare and all(name.startswith(("mask_head.", "bbox_attention.")) for name in bare)
+    other = build_model(cfg)
+    report, _ = load_weights(other, there)
+    assert not report.initial and not report.ignored
+    for name, tensor in model.state_dict().items():
+        if "num_batches_tracked" not in name:
+            torch.testing.assert_close(other.state_dict()[name], tensor)

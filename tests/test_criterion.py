@@ -11,8 +11,14 @@ from detectron2.utils.events import EventStorage
 from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 
-from detr_d2.criterion import cardinality_error, class_error
-from detr_d2.modeling.heads import SoftmaxClassification
+from detr_d2.criterion import SetCriterion, cardinality_error, class_error
+from detr_d2.losses import paired_iou
+from detr_d2.matcher import HungarianMatcher
+from detr_d2.modeling.heads import (
+    SigmoidClassification,
+    SoftmaxClassification,
+    VarifocalClassification,
+)
 from detr_d2.structures import LayerOutput, Predictions, Target
 
 from .helpers import (
@@ -246,3 +252,55 @@ def test_nothing_looks_at_a_value_on_the_host(monkeypatch):
     assert "aten::cdist" in operators or "aten::_cdist_forward" in operators
     assert any("IndexPut" in name or "IndexBackward" in name for name in operators)
     assert not operators & {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+
+
+# Classes that say how good the box is
+
+
+def test_varifocal_by_hand():
+    """Zhang et al., equation 2: positives q BCE(p, q), negatives (1 - alpha) p^gamma BCE(p, 0)."""
+    part = VarifocalClassification(2, alpha=0.25, gamma=2.0)
+    probability = torch.tensor([[[0.7, 0.2], [0.4, 0.1]]], dtype=torch.float64)
+    logits = probability.logit()
+    classes, iou = torch.tensor([[0, 2]]), torch.tensor([[0.6, 0.0]], dtype=torch.float64)
+    loss = part.loss(logits, classes, torch.tensor(2.0), iou=iou)
+    positive = 0.6 * -(0.6 * math.log(0.7) + 0.4 * math.log(0.3))
+    negatives = sum(0.75 * p**2 * -math.log(1 - p) for p in (0.2, 0.4, 0.1))
+    assert loss.item() == pytest.approx((positive + negatives) / 2)
+
+
+def test_varifocal_weights_are_constants():
+    """The gradient is that of the entropy alone, times the weight."""
+    part = VarifocalClassification(1)
+    logits = torch.tensor([[[0.3], [-0.8]]], dtype=torch.float64, requires_grad=True)
+    iou = torch.tensor([[0.6, 0.0]], dtype=torch.float64)
+    part.loss(logits, torch.tensor([[0, 1]]), torch.tensor(1.0), iou=iou).backward()
+    p = logits.detach().sigmoid().flatten()
+    expected = torch.stack((0.6 * (p[0] - 0.6), 0.75 * p[1] ** 2 * p[1]))
+    torch.testing.assert_close(logits.grad.flatten(), expected)
+
+
+def test_iou_is_a_target_and_the_plain_one():
+    """Half of each box is common: 1/3 (generalised, of boxes side by side, it would be less)."""
+    first = torch.tensor([[0.4, 0.5, 0.4, 0.2], [0.2, 0.2, 0.2, 0.2]])
+    second = torch.tensor([[0.6, 0.5, 0.4, 0.2], [0.8, 0.8, 0.2, 0.2]])
+    torch.testing.assert_close(paired_iou(first, second), torch.tensor([1 / 3, 0.0]))
+    classification = VarifocalClassification(2)
+    matcher = HungarianMatcher(classification, 1.0, 5.0, 2.0)
+    criterion = SetCriterion(matcher, classification, 1.0, 0.0, 0.0)
+    boxes = BOXES.clone().requires_grad_()
+    losses = criterion(Predictions([LayerOutput(LOGITS[..., :2], boxes)]), [TARGET])
+    assert not losses["loss_ce"].requires_grad  # as the logits do not
+
+
+def test_without_deep_supervision_denoising_has_losses_of_the_last_layer_alone():
+    model = build_model(tiny_cfg("MODEL.DETR.DEEP_SUPERVISION", False, config="dn_tiny")).train()
+    losses = model(random_inputs([(64, 96)], [2]))
+    kinds = ("loss_ce", "loss_bbox", "loss_giou")
+    assert losses.keys() == {kind + suffix for kind in kinds for suffix in ("", "_dn")}
+
+
+@pytest.mark.parametrize("classification", [SigmoidClassification(2), VarifocalClassification(2)])
+def test_saturated_logits_have_finite_costs(classification):
+    logits = torch.tensor([[[200.0, -200.0], [-200.0, 200.0]]])
+    assert classification.matching_cost(logits, torch.tensor([[0, 1]])).isfinite().all()

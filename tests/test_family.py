@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from detr_d2.modeling import attention, dropout
 from detr_d2.modeling.heads import MLP
 from detr_d2.modeling.neck import padding_mask
 from detr_d2.structures import Memory
@@ -104,17 +105,28 @@ def test_padding_and_batch_mates_change_nothing(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_auxiliary_losses_change_no_prediction(variant):
-    inputs = random_inputs([(64, 96), (80, 64)])
-    state = make_model(variant).state_dict()
-    outputs = []
-    for deep_supervision in (True, False):
-        shared = ("MODEL.DETR.SHARED_HEADS", True, "MODEL.DETR.DEEP_SUPERVISION", deep_supervision)
-        model = make_model(variant, *shared)
-        model.load_state_dict(
-            {k: v for k, v in state.items() if k in model.state_dict()}, strict=False
-        )
-        outputs.append(model.predict(inputs))
-    assert_equal_outputs(*outputs, tolerance=0)
+    """Without them only the last layer is computed, and what the next ones look at."""
+    model, inputs = make_model(variant), random_inputs([(64, 96), (80, 64)])
+    every, last = (model.predict_all(inputs, last_only=only) for only in (False, True))
+    assert len(every.layers) == 3 and len(last.layers) == 1
+    assert_equal_outputs(every.layers[-1:], last.layers, tolerance=0)
+    assert torch.equal(every.content, last.content)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dropout_is_where_the_papers_have_it(variant, monkeypatch):
+    """In every layer on sub-layers and inside the feed-forward network, and on the weights of
+    attention where that has a matrix of them."""
+    drawn = []
+    for module in (attention, dropout):
+        monkeypatch.setattr(module, "drop_out", lambda x, p: drawn.append(p) or x)
+    options = ("MODEL.DETR.DROPOUT", 0.25, "MODEL.DETR.ENC_LAYERS", 1, "MODEL.DETR.DEC_LAYERS", 1)
+    model = make_model(variant, *options).train()
+    model.predict(random_inputs([(64, 64)]))
+    deformable = variant.startswith(("deformable", "dino"))
+    in_encoder = 3 if deformable else 4
+    in_decoder = 4 + 1 + (0 if deformable or variant == "fast_tiny" else 1)
+    assert [p for p in drawn if p] == [0.25] * (in_encoder + in_decoder)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -13,14 +13,17 @@ from PIL import Image
 from torch import nn
 
 from detr_d2 import get_detr_cfg
+from detr_d2.checkpoint.write import write_checkpoint
+from detr_d2.engine import DetrTrainer
 from detr_d2.errors import UserError
 from detr_d2.losses import dice_mask_loss, focal_mask_loss
-from detr_d2.modeling import segmentation
+from detr_d2.modeling import Detr, segmentation
 from detr_d2.modeling.mask_head import MaskHead, PixelEmbedding, resize_masks, squared_distance
 from detr_d2.modeling.panoptic import PanopticMerger
 from detr_d2.modeling.segmentation import to_bitmasks
 
 from .helpers import random_inputs, tiny_cfg
+from .training import registered_rectangles, training_cfg
 
 MASKS = ("MODEL.MASK_ON", True, "MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4"])
 MASKS += ("MODEL.DETR.IN_FEATURES", ["res4"])
@@ -493,7 +496,7 @@ def test_merging_by_hand():
     classes = torch.tensor([0, 2, 2, 1, 1])
     segments, info = merger(logits[kept], scores[kept], classes[kept], (4, 4))
     assert [(s["category_id"], s["isthing"], s["area"]) for s in info][0] == (0, True, 4)
-    assert {s["category_id"] for s in info} == {0, 2}
+    assert [(s["category_id"], s["area"]) for s in info] == [(0, 4), (2, 12)]
     assert sum(s["area"] for s in info) == 16
     assert (segments[:, 0] == info[0]["id"]).all()
     for segment in info:
@@ -558,3 +561,65 @@ def test_panoptic_results_of_a_model(variant):
     assert sum(s["area"] for s in info) == 100 * 150
     assert {s["isthing"] for s in info} <= {True, False}
     assert all(s["isthing"] == (s["category_id"] < 2) for s in info)
+
+
+def test_segments_of_padded_images():
+    """Masks are enlarged to the padded batch and cut to the image; queries below the threshold keep
+    their places among those that are asked for."""
+    masks = torch.full((1, 4, 4, 4), -9.0)
+    masks[0, 1, :, 0] = 9.0  # query 1: the left quarter of the padded 16x16
+    masks[0, 3, :, 1:] = 9.0  # query 3: the rest
+    results, inputs = [{}], [{"image": torch.zeros(3, 16, 8), "height": 16, "width": 8}]
+    scores = torch.tensor([[0.1, 0.9, 0.2, 0.8]])
+    classes = torch.tensor([[5, 6, 7, 8]])
+    merger = PanopticMerger([6, 8], score_threshold=0.5, min_area=0)
+
+    def masks_of(images, queries):
+        return masks[images, queries]
+
+    segmentation.add_panoptic(results, scores, classes, masks_of, merger, inputs, (16, 16))
+    segments, info = results[0]["panoptic_seg"]
+    assert segments.shape == (16, 8)
+    assert [(s["category_id"], s["area"]) for s in info] == [(6, 64), (8, 64)]
+    assert (segments[:, :4] == info[0]["id"]).all() and (segments[:, 4:] == info[1]["id"]).all()
+
+
+def test_training_on_a_frozen_detector_starts_from_its_weights(tmp_path):
+    """By key, through the trainer; weights that are not all of the detector's are refused."""
+    torch.manual_seed(1)
+    detector = build_model(tiny_cfg(*MASKS[2:], "MODEL.DETR.NUM_CLASSES", 3))
+    for parameter in detector.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    write_checkpoint(str(tmp_path / "detector.pth"), detector.state_dict())
+    with registered_rectangles(tmp_path / "data", polygons=True) as name:
+        path = str(tmp_path / "detector.pth")
+        options = (*MASKS, "MODEL.DETR.FROZEN_WEIGHTS", path, "SOLVER.MAX_ITER", 2)
+        trainer = DetrTrainer(training_cfg(name, tmp_path / "out", *options))
+        trainer.resume_or_load(resume=False)
+        before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+        for key, value in detector.state_dict().items():
+            assert torch.equal(before[key], value), key
+        state = detector.state_dict()
+        del state["neck.projections.0.weight"]
+        write_checkpoint(path, state)
+        with pytest.raises(UserError, match="leaves 1 tensors of the frozen detector untrained"):
+            trainer.resume_or_load(resume=False)
+
+
+def test_a_frozen_detector_needs_a_mask_head():
+    model = build_model(tiny_cfg())
+    parts = ("backbone", "neck", "transformer", "criterion", "pixel_mean", "pixel_std")
+    given = {part: getattr(model, part) for part in parts[:4]} | dict.fromkeys(parts[4:], [1.0] * 3)
+    with pytest.raises(UserError, match="frozen_detector=True, but no mask_head"):
+        Detr(**given, frozen_detector=True)
+
+
+def test_masks_move_no_box():
+    """Of a head that works around boxes: they say where to look, and have losses of their own."""
+    options = ("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"], "MODEL.DETR.IN_FEATURES", ["res3"])
+    model = make_model(*options, variant="fast_tiny").train()
+    predictions = model.predict_all(random_inputs(SIZES))
+    source = predictions.masks.args[0]
+    assert source.boxes.requires_grad
+    first = torch.zeros(1, dtype=torch.int64)
+    assert not squared_distance(source, first, first).requires_grad

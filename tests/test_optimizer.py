@@ -68,6 +68,19 @@ def test_biases_as_detectron2_sets_them(cfg):
     assert max(group["lr"] for group in groups) == 1.0
 
 
+def test_places_to_look_at_have_their_own_learning_rate(cfg):
+    """Of Deformable DETR: sampling offsets and reference points."""
+    cfg.SOLVER.SAMPLING_MULTIPLIER = 0.2
+    model = Model()
+    model.decoder = nn.ModuleDict(
+        {"sampling_offsets": nn.Linear(1, 17), "reference_head": nn.Linear(1, 19)}
+    )
+    rates = learning_rates(build_optimizer(cfg, model), model)
+    assert rates["decoder.sampling_offsets.weight"] == pytest.approx(0.1)
+    assert rates["decoder.reference_head.bias"] == pytest.approx(0.1)
+    assert rates["neck.weight"] == 0.5
+
+
 def test_mask_head_has_its_own_learning_rate(cfg):
     cfg.SOLVER.MASK_HEAD_MULTIPLIER = 4.0
     model = Model()

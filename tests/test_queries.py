@@ -255,3 +255,73 @@ def test_only_the_first_of_refining_heads_starts_from_points(shared):
     )
     sizes = [h.box_head.layers[-1].bias[2:].tolist() for h in transformer.decoder.heads]
     assert sizes == ([[0, 0]] if shared else [[-2, -2], [0, 0], [0, 0]])
+
+
+@torch.no_grad()
+def test_cells_at_the_edge_of_a_wide_map_propose_nothing():
+    """Of 60 columns the first has its centre at 1/120, less than 0.01."""
+    shapes, padding = ((1, 60),), torch.zeros(1, 60, dtype=torch.bool)
+    memory = Memory(
+        torch.randn(1, 60, C), torch.zeros(1, 60, C), padding, shapes, torch.ones(1, 1, 2)
+    )
+    logits, unusable = top_k()._cells(memory)
+    assert unusable[0].nonzero().flatten().tolist() == [0, 59]
+    assert logits[0, [0, 59]].isinf().all() and logits[0, 1:59].isfinite().all()
+
+
+def refining_decoder(refinement):
+    torch.manual_seed(0)
+    transformer = build_transformer(
+        num_logits=3,
+        num_queries=5,
+        hidden_dim=32,
+        num_heads=4,
+        queries="anchor",
+        query_position="box",
+        box_head="offset",
+        refinement=refinement,
+        shared_heads=False,
+        num_decoder_layers=3,
+        num_encoder_layers=1,
+        dropout=0.0,
+    )
+    for head in transformer.decoder.heads:
+        nn.init.normal_(head.box_head.layers[-1].weight, std=0.1)
+    return transformer
+
+
+@pytest.mark.parametrize("refinement", ["detached", "look_forward_twice"])
+def test_what_a_layers_boxes_teach_the_layer_before(refinement):
+    """Deformable DETR: nothing. DINO: the boxes that it starts from, but not where the next layer
+    looks, and nothing two layers back."""
+    transformer = refining_decoder(refinement)
+    tokens = torch.randn(2, 30, 32)
+    memory = replace(make_memory(), tokens=tokens, positions=torch.zeros_like(tokens))
+    layers = transformer(memory).layers
+    assert len(layers) == 3
+    heads = [head.box_head.layers[-1].bias for head in transformer.decoder.heads]
+    gradients = torch.autograd.grad(
+        layers[2].boxes.sum(), heads, allow_unused=True, materialize_grads=True
+    )
+    reach = [bool(gradient.any()) for gradient in gradients]
+    assert reach == [False, refinement == "look_forward_twice", True]
+
+
+@torch.no_grad()
+def test_boxes_without_a_size_have_a_finite_position():
+    part, queries = ModulatedQueryPosition(C), make_queries(4)
+    reference = queries.reference.clone()
+    reference[..., 2:] = 0
+    position = part(queries, queries.content, reference, make_memory(), True)
+    assert position.spatial.isfinite().all() and position.embedding.isfinite().all()
+
+
+@torch.no_grad()
+def test_layers_that_norm_before_refine_from_what_is_normed():
+    decoder = refining_decoder("detached").decoder
+    content, reference = 50 * torch.randn(1, 5, 32), torch.rand(1, 5, 4)
+    head = decoder.heads[0]
+    assert torch.equal(decoder._refine(head, content, reference), head.boxes(content, reference))
+    decoder.layers[0].pre_norm = True
+    expected = head.boxes(decoder.norm(content), reference)
+    assert torch.equal(decoder._refine(head, content, reference), expected)
