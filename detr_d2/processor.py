@@ -62,9 +62,10 @@ def autocast(
 
 def in_float32(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, computed in float32 inside an autocast, too."""
-    if not torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return module(x).float()
-    with autocast(x.device.type, enabled=False):
+    with autocast(device, enabled=False):
         return module(x.float())
 
 

@@ -128,7 +128,7 @@ def test_another_trainers_training_is_not_gone_on_with(tmp_path):
     state = {"model": Model().state_dict(), "iteration": 7}
     torch.save(state, tmp_path / "model_0000007.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000007.pth")
-    with pytest.raises(UserError, match="not written by this package's .* without --resume"):
+    with pytest.raises(UserError, match="of this package's training no state .* without --resume"):
         DetrCheckpointer(Model(), str(tmp_path), trainer=Counter()).resume_or_load("", resume=True)
 
 

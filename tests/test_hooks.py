@@ -76,9 +76,10 @@ def test_the_best_evaluation_keeps_its_weights(rectangles, tmp_path, scores, bes
     assert "optimizer" not in torch.load(tmp_path / "model_best.pth")
 
 
-@pytest.mark.parametrize(("later", "best"), [((29, 5), 30), ((5, 31), 31)])
+@pytest.mark.parametrize(("later", "best"), [((29, 5), 35), ((5, 36), 36)])
 def test_a_resumed_training_has_to_be_better_than_before(rectangles, tmp_path, later, best):
-    make_trainer(rectangles, tmp_path, [10, 30, 20, 25]).train()
+    """Also than what came after the checkpoint that it goes on from."""
+    make_trainer(rectangles, tmp_path, [10, 30, 35, 25]).train()
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     resumed = make_trainer(rectangles, tmp_path, later)
     resumed.resume_or_load(resume=True)
@@ -96,7 +97,7 @@ def test_no_training_goes_on_from_weights_alone(rectangles, tmp_path):
     make_trainer(rectangles, tmp_path, [1] * 4).train()
     (tmp_path / "last_checkpoint").write_text("model_best.pth")
     trainer = make_trainer(rectangles, tmp_path, [1] * 4)
-    with pytest.raises(UserError, match="model_best.pth' holds weights, but not .* --resume"):
+    with pytest.raises(UserError, match=r"model_best.pth' .* no state .* \(trainer, optim"):
         trainer.resume_or_load(resume=True)
 
 
@@ -141,6 +142,19 @@ def test_the_last_checkpoints_stay(rectangles, tmp_path, number, kept):
     names = sorted(path.name for path in tmp_path.glob("model_0*.pth"))
     assert names == [f"model_{iteration:07d}.pth" for iteration in kept]
     assert (tmp_path / "model_final.pth").exists()
+
+
+def test_checkpoints_from_before_an_interruption_count(rectangles, tmp_path):
+    options = ("SOLVER.MAX_CHECKPOINTS", 2)
+    make_trainer(rectangles, tmp_path, [1] * 4, *options).train()
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    (tmp_path / "model_0000003.pth").unlink()
+    shutil.copy(tmp_path / "model_0000002.pth", tmp_path / "model_0000001.pth")
+    resumed = make_trainer(rectangles, tmp_path, [1] * 4, *options)
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    names = sorted(path.name for path in tmp_path.glob("model_0*.pth"))
+    assert names == ["model_0000002.pth", "model_0000003.pth"]
 
 
 def test_a_negative_number_of_checkpoints_is_refused(rectangles, tmp_path):

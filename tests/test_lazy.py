@@ -49,6 +49,7 @@ def test_same_model_and_recipe(name):
         per_epoch = 118287 / yaml.SOLVER.IMS_PER_BATCH
         periods = python.train.eval_period, python.train.checkpointer.period
         epochs = yaml.TEST.EVAL_EPOCHS, yaml.SOLVER.CHECKPOINT_EPOCHS
+        assert python.train.checkpointer.max_to_keep == yaml.SOLVER.MAX_CHECKPOINTS
         assert periods == tuple(pytest.approx(e * per_epoch, abs=2) for e in epochs)
     frozen = yaml.MODEL.DETR.FROZEN_WEIGHTS
     assert python.train.init_checkpoint == (frozen or yaml.MODEL.WEIGHTS)

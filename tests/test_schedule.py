@@ -47,6 +47,23 @@ def test_epochs_without_drops_leave_the_default_drops_out():
     assert (resolved.SOLVER.MAX_ITER, tuple(resolved.SOLVER.STEPS)) == (10, ())
 
 
+def test_checkpoints_in_iterations_come_before_epochs():
+    """Of a config of one's own that is based on one of the zoo's."""
+    cfg = make_cfg("SOLVER.CHECKPOINT_EPOCHS", 1, "SOLVER.CHECKPOINT_PERIOD", 33)
+    assert resolve_epochs(cfg, num_images=160).SOLVER.CHECKPOINT_PERIOD == 33
+
+
+def test_checkpoints_of_a_loader_that_does_not_count():
+    resolved = resolve_epochs(make_cfg("SOLVER.CHECKPOINT_EPOCHS", 1), num_images=None)
+    assert (resolved.SOLVER.CHECKPOINT_PERIOD, resolved.SOLVER.CHECKPOINT_EPOCHS) == (5000, None)
+
+
+def test_no_evaluation_is_none_or_0():
+    for off in (0, None):
+        cfg = make_cfg("SOLVER.EPOCHS", 1.0, "TEST.EVAL_EPOCHS", off, "TEST.EVAL_PERIOD", 0)
+        assert resolve_epochs(cfg, num_images=160).TEST.EVAL_PERIOD == 0
+
+
 def test_never_less_than_one_iteration():
     cfg = make_cfg("SOLVER.EPOCHS", 1.0, "TEST.EVAL_EPOCHS", 0.01)
     resolved = resolve_epochs(cfg, num_images=4)

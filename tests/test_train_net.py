@@ -478,9 +478,12 @@ def test_iterations_on_the_command_line_come_before_epochs_of_the_file():
     cfg = load_config(base, ["SOLVER.MAX_ITER", "100", "TEST.EVAL_PERIOD", "10"])
     assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS, cfg.TEST.EVAL_EPOCHS) == (None, [], None)
     assert cfg.SOLVER.STEPS == ()  # and not detectron2's drop after 30,000
-    assert cfg.SOLVER.CHECKPOINT_EPOCHS == 10
+    assert cfg.SOLVER.CHECKPOINT_EPOCHS == 1
     cfg = load_config(base, ["SOLVER.CHECKPOINT_PERIOD", "7"])
     assert (cfg.SOLVER.CHECKPOINT_EPOCHS, cfg.SOLVER.CHECKPOINT_PERIOD) == (None, 7)
+    fast = str(ROOT / "configs" / "DigitScenes" / "fast_small.yaml")  # has a period of its own
+    cfg = load_config(fast, ["SOLVER.CHECKPOINT_EPOCHS", "2"])
+    assert (cfg.SOLVER.CHECKPOINT_EPOCHS, cfg.SOLVER.CHECKPOINT_PERIOD) == (2, 5000)
     cfg = load_config(base, ["SOLVER.MAX_ITER", "100", "SOLVER.STEPS", "(60,)"])
     assert cfg.SOLVER.STEPS == (60,)
     with pytest.raises(UserError, match="SOLVER.STEPS counts iterations, but SOLVER.EPOCHS is 500"):

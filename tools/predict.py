@@ -19,8 +19,10 @@ def main(args: argparse.Namespace) -> None:
     files = image_files(args.input)
     cfg = load_config(args.config_file, args.opts)
     prefer_trained_weights(cfg, args.config_file, args.opts[::2])
-    if "TEST.SCORE_THRESHOLD" not in args.opts[::2]:
+    if args.threshold is not None:
         cfg.TEST.SCORE_THRESHOLD = args.threshold
+    elif not cfg.TEST.SCORE_THRESHOLD and "TEST.SCORE_THRESHOLD" not in args.opts[::2]:
+        cfg.TEST.SCORE_THRESHOLD = 0.5
     register_datasets(args.register, cfg.DATASETS.TEST, cfg.INPUT.SKIP_UNREADABLE_IMAGES)
     found = predict_files(DetrPredictor(cfg), files, args.output)
     print(
@@ -33,5 +35,7 @@ if __name__ == "__main__":
     parser = argument_parser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="image files, or folders of them")
     parser.add_argument("--output", default="output/found", help="folder of what is written")
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score")
+    parser.add_argument(
+        "--threshold", type=float, help="least score; default: TEST.SCORE_THRESHOLD, or 0.5"
+    )
     run(main, parser.parse_args())

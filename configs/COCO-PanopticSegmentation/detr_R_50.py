@@ -37,7 +37,7 @@ lr_multiplier.scheduler.milestones = [110894, 184823]
 train.update(
     init_checkpoint="./output/panoptic_boxes_R_50/model_final.pth",
     max_iter=184823,
-    checkpointer=dict(period=36965, max_to_keep=None),
+    checkpointer=dict(period=7393, max_to_keep=5),
     eval_period=36965,
     best_metric="panoptic_seg/PQ",
 )

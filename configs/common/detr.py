@@ -108,7 +108,7 @@ train = dict(
     max_gradient_norm=0.1,
     amp=dict(enabled=False, dtype="auto"),
     float32_precision="",
-    checkpointer=dict(period=18482, max_to_keep=None),
+    checkpointer=dict(period=1848, max_to_keep=5),
     eval_period=18482,
     best_metric="bbox/AP",
     log_period=20,

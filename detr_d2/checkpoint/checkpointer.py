@@ -165,9 +165,10 @@ class DetrCheckpointer(DetectionCheckpointer):
         # A foreign file's "optimizer" is not ours.
         restored = [name for name in wanted if name in checkpoint and "package" in checkpoint]
         if checkpointables and restored != wanted:
+            missing = ", ".join(name for name in wanted if name not in restored)
             raise UserError(
-                f"'{path}' holds weights, but not the state of a training of this package that "
-                f"could go on: start anew with MODEL.WEIGHTS {path} and without --resume."
+                f"'{path}' holds weights, but of this package's training no state that could go on "
+                f"({missing}): start anew with MODEL.WEIGHTS {path} and without --resume."
             )
         if restored and not report.exact:
             raise UserError(

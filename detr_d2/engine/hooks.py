@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import DetrCheckpointer
@@ -15,6 +16,18 @@ from ..checkpoint.write import write_atomically
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """detectron2's; of the checkpoints that stay, those from before an interruption count, too."""
+
+    def before_train(self) -> None:
+        super().before_train()
+        files = self.checkpointer.get_all_checkpoint_files() if self.trainer.start_iter else []
+        numbers = {file: re.search(rf"/{self.file_prefix}_(\d+)\.pth$", file) for file in files}
+        self.recent_checkpoints = sorted(
+            file for file, at in numbers.items() if at and int(at[1]) < self.trainer.start_iter
+        )
 
 
 class BestCheckpointer(HookBase):
@@ -38,12 +51,12 @@ class BestCheckpointer(HookBase):
         self.seen_iteration = -1
 
     def before_train(self) -> None:
-        """A resumed training has to be better than what it had before."""
+        """A resumed training has to be better than what there was before it stopped."""
         if not self.trainer.start_iter or not PathManager.isfile(self.file):
             return
         with PathManager.open(self.file) as stream:
             found = json.load(stream)
-        if found["metric"] == self.metric and found["iteration"] <= self.trainer.start_iter:
+        if found["metric"] == self.metric:
             self.best = found["value"]
 
     def after_step(self) -> None:

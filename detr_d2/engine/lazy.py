@@ -26,7 +26,7 @@ from ..data import classes_of
 from ..data.classes import names_of
 from ..errors import UserError
 from ..processor import set_float32_precision, usable_device
-from .hooks import BestCheckpointer
+from .hooks import BestCheckpointer, PeriodicCheckpointer
 from .main import (
     blaming_output,
     last_checkpoint,
@@ -173,9 +173,7 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)
-            if main_process
-            else None,
+            PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if main_process else None,
             hooks.EvalHook(cfg.train.eval_period, test),
             BestCheckpointer(checkpointer, cfg.train.best_metric)
             if cfg.train.eval_period and cfg.train.get("best_metric")

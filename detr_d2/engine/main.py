@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.modeling import BACKBONE_REGISTRY
@@ -238,7 +238,9 @@ def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:
                     "unless SOLVER.STEPS says when."
                 )
         cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS = None, []
-    if "SOLVER.CHECKPOINT_PERIOD" in overridden and "SOLVER.CHECKPOINT_EPOCHS" not in overridden:
+    if "SOLVER.CHECKPOINT_EPOCHS" in overridden:
+        cfg.SOLVER.CHECKPOINT_PERIOD = get_cfg().SOLVER.CHECKPOINT_PERIOD
+    elif "SOLVER.CHECKPOINT_PERIOD" in overridden:
         cfg.SOLVER.CHECKPOINT_EPOCHS = None
     if "TEST.EVAL_PERIOD" in overridden and "TEST.EVAL_EPOCHS" not in overridden:
         cfg.TEST.EVAL_EPOCHS = None

@@ -18,7 +18,7 @@ from ..data.classes import compare_num_classes
 from ..data.dataset_mapper import build_augmentation
 from ..deploy import ExportedDetr, is_exported, load_exported, prepare_for_inference, to_dtype
 from ..errors import UserError
-from ..processor import usable_device
+from ..processor import set_float32_precision, usable_device
 
 
 class DetrPredictor(DefaultPredictor):
@@ -46,6 +46,7 @@ class DetrPredictor(DefaultPredictor):
         self.cfg = cfg.clone()
         self.cfg.defrost()
         self.cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
+        set_float32_precision(cfg.FLOAT32_PRECISION)
         names = [n for n in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN] if n in DatasetCatalog][:1]
         if is_exported(cfg.MODEL.WEIGHTS):
             self.model = load_exported(cfg.MODEL.WEIGHTS, to_dtype(cfg.MODEL.INFERENCE.DTYPE))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
 from ..errors import UserError
 
@@ -16,7 +16,8 @@ def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
 
     `SOLVER.EPOCHS` becomes `SOLVER.MAX_ITER`, `SOLVER.STEP_EPOCHS` `SOLVER.STEPS`,
     `SOLVER.CHECKPOINT_EPOCHS` `SOLVER.CHECKPOINT_PERIOD` and `TEST.EVAL_EPOCHS` `TEST.EVAL_PERIOD`;
-    the epoch keys go back to their defaults, so the result says each thing once.
+    the epoch keys go back to their defaults, so the result says each thing once. A
+    `CHECKPOINT_PERIOD` other than detectron2's default comes before epochs.
 
     Raises:
         UserError: drops of the learning rate without a length in epochs, or after it; what is no
@@ -25,8 +26,8 @@ def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
     solver = cfg.SOLVER
     check_numbers("SOLVER.EPOCHS", [solver.EPOCHS])
     check_numbers("SOLVER.STEP_EPOCHS", solver.STEP_EPOCHS)
-    check_numbers("SOLVER.CHECKPOINT_EPOCHS", [solver.CHECKPOINT_EPOCHS])
-    check_numbers("TEST.EVAL_EPOCHS", [cfg.TEST.EVAL_EPOCHS])
+    check_numbers("SOLVER.CHECKPOINT_EPOCHS", [solver.CHECKPOINT_EPOCHS or None])  # 0: not set
+    check_numbers("TEST.EVAL_EPOCHS", [cfg.TEST.EVAL_EPOCHS or None])
     if solver.STEP_EPOCHS and not solver.EPOCHS:
         raise UserError("SOLVER.STEP_EPOCHS needs SOLVER.EPOCHS, which is not set.")
     if solver.EPOCHS and any(epoch >= solver.EPOCHS for epoch in solver.STEP_EPOCHS):
@@ -36,13 +37,12 @@ def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
         )
     if not (solver.EPOCHS or solver.CHECKPOINT_EPOCHS or cfg.TEST.EVAL_EPOCHS):
         return cfg
-    if num_images is None:
+    if num_images is None and (solver.EPOCHS or cfg.TEST.EVAL_EPOCHS):
         raise UserError(
-            "SOLVER.EPOCHS, SOLVER.CHECKPOINT_EPOCHS and TEST.EVAL_EPOCHS need the number of "
-            "images, which this training's loader does not tell: set SOLVER.MAX_ITER, "
-            "SOLVER.CHECKPOINT_PERIOD and TEST.EVAL_PERIOD."
+            "SOLVER.EPOCHS and TEST.EVAL_EPOCHS need the number of images, which this training's "
+            "loader does not tell: set both to None, and SOLVER.MAX_ITER and TEST.EVAL_PERIOD."
         )
-    per_epoch = num_images / solver.IMS_PER_BATCH
+    per_epoch = (num_images or 0) / solver.IMS_PER_BATCH
 
     def iterations(epochs: float) -> int:
         return max(1, round(epochs * per_epoch))
@@ -52,7 +52,8 @@ def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
     if solver.EPOCHS:
         resolved.SOLVER.MAX_ITER = iterations(solver.EPOCHS)
         resolved.SOLVER.STEPS = tuple(iterations(e) for e in solver.STEP_EPOCHS)
-    if solver.CHECKPOINT_EPOCHS:
+    is_default = solver.CHECKPOINT_PERIOD == get_cfg().SOLVER.CHECKPOINT_PERIOD
+    if solver.CHECKPOINT_EPOCHS and is_default and num_images is not None:
         resolved.SOLVER.CHECKPOINT_PERIOD = iterations(solver.CHECKPOINT_EPOCHS)
     if cfg.TEST.EVAL_EPOCHS:
         resolved.TEST.EVAL_PERIOD = iterations(cfg.TEST.EVAL_EPOCHS)
@@ -71,4 +72,4 @@ def check_numbers(key: str, values: Sequence[Any]) -> None:
     for value in values:
         if value is None or (isinstance(value, (int, float)) and 0 < value < math.inf):
             continue
-        raise UserError(f"{key} is {value!r}; it must be a number of epochs, more than 0.")
+        raise UserError(f"{key} is {value!r}; it must be a number of epochs, more than 0, or None.")

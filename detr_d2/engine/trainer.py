@@ -22,7 +22,8 @@ from ..data.classes import settle_num_classes
 from ..data.loader import build_test_loader, build_train_loader
 from ..errors import UserError
 from ..evaluation import build_evaluator
-from .hooks import BestCheckpointer
+from ..processor import set_float32_precision
+from .hooks import BestCheckpointer, PeriodicCheckpointer
 from .optimizer import build_optimizer, full_model_clip_norm
 from .precision import Precision
 from .schedule import resolve_epochs
@@ -47,6 +48,7 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         for name in ("detectron2", "detr_d2"):  # unless a script has done so already
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name=name)
+        set_float32_precision(cfg.FLOAT32_PRECISION)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         cfg = settle_num_classes(cfg, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
         for name in cfg.DATASETS.TEST:  # what cannot be evaluated is said now, not hours later
@@ -90,9 +92,14 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         if self.cfg.SOLVER.MAX_CHECKPOINTS < 0:
             raise UserError("SOLVER.MAX_CHECKPOINTS is negative: give how many shall stay, 0: all.")
         built = super().build_hooks()
-        for hook in built:
+        solver = self.cfg.SOLVER
+        for index, hook in enumerate(built):
             if isinstance(hook, hooks.PeriodicCheckpointer):
-                hook.max_to_keep = self.cfg.SOLVER.MAX_CHECKPOINTS or None
+                built[index] = PeriodicCheckpointer(
+                    self.checkpointer,
+                    solver.CHECKPOINT_PERIOD,
+                    max_to_keep=solver.MAX_CHECKPOINTS or None,
+                )
         metric = best_metric(self.cfg)
         if metric and self.cfg.TEST.EVAL_PERIOD:
             best = BestCheckpointer(self.checkpointer, metric)
