@@ -57,10 +57,12 @@ def convert_checkpoint(source: str, target: str, to: str, half: bool = False) ->
         own = {n: t for n, t in with_body_of(own, ()).items() if "num_batches_tracked" not in n}
     converted, nameless = WRITABLE[to].from_own(own)
     if to != OWN.key and any(name.startswith("mask_head.") for name in own):
-        # Models with masks keep the box model under `detr.`; detectron2's wrapper all of it.
-        is_mask = ("mask_head.", "bbox_attention.")
+        # Models with masks keep the box model under `detr.`; detectron2's wrapper has them under
+        # `detr.` themselves.
+        outer = "detr." if to == DETECTRON2_WRAPPER.key else ""
+        of_masks = (f"{outer}mask_head.", f"{outer}bbox_attention.")
         converted = {
-            name if name.startswith(is_mask) and to != DETECTRON2_WRAPPER.key else f"detr.{name}": t
+            name if name.startswith(of_masks) else f"detr.{name}": t
             for name, t in converted.items()
         }
     if nameless:

@@ -24,7 +24,8 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     def before_train(self) -> None:
         super().before_train()
         files = self.checkpointer.get_all_checkpoint_files() if self.trainer.start_iter else []
-        numbers = {file: re.search(rf"/{self.file_prefix}_(\d+)\.pth$", file) for file in files}
+        name = re.compile(rf"{self.file_prefix}_(\d+)\.pth")
+        numbers = {file: name.fullmatch(os.path.basename(file)) for file in files}
         self.recent_checkpoints = sorted(
             file for file, at in numbers.items() if at and int(at[1]) < self.trainer.start_iter
         )
