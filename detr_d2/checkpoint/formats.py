@@ -19,7 +19,6 @@ from .names import Format, Row, StateDict
 _WRAPPED = ((r"^module\.", ""), (r"^_orig_mod\.", ""))
 _MODULES = ("backbone", "neck", "transformer", "mask_head")
 _EVERY_MODULE = tuple((f"{module}.**", f"{module}.**") for module in _MODULES)
-_MASKS = r"mask_head\.|bbox_attention\."
 
 OWN = Format(
     "own",
@@ -133,7 +132,7 @@ DETECTRON2_WRAPPER = Format(
         ("backbone.**", "detr.backbone.0.backbone.**"),
     ),
     # With masks, the wrapper's `detr` is the mask model, whose `detr` is the box model.
-    spellings=(*_WRAPPED, (r"^detr\.detr\.", "detr."), (r"^detr\.(?=" + _MASKS + ")", "")),
+    spellings=(*_WRAPPED, (r"^detr\.detr\.", "detr.")),
     not_ours=r"criterion\.|pixel_(mean|std)$",
     no_object=True,
 )
