@@ -18,13 +18,10 @@ def usable_device(device: str) -> str:
     """The device a config names, or the CPU where that is a GPU and there is none."""
     if not device.startswith("cuda") or torch.cuda.is_available():
         return device
-    other = ", though mps is there (MODEL.DEVICE mps, untested)" if has_mps() else ""
+    has_mps = torch.backends.mps.is_available()
+    other = ", though mps is there (MODEL.DEVICE mps, untested)" if has_mps else ""
     logger.warning(f"No CUDA GPU is available: the device is the CPU, not {device!r}{other}.")
     return "cpu"
-
-
-def has_mps() -> bool:
-    return torch.backends.mps.is_available()
 
 
 def is_bfloat16_fast() -> bool:

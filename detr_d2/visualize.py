@@ -69,7 +69,7 @@ def draw_pair(
     image = read_image(dataset_dict["file_name"], "RGB")
     metadata = MetadataCatalog.get(dataset_name)
     scale = HEIGHT / image.shape[0]
-    result = predictor(to_predict(predictor, dataset_dict["file_name"]))
+    result = predictor(as_input(predictor, image, dataset_dict["file_name"]))
     predicted, truth = (Visualizer(image, metadata, scale) for _ in range(2))
     if "panoptic_seg" in result and "pan_seg_file_name" in dataset_dict:
         segments, info = result["panoptic_seg"]
@@ -92,19 +92,23 @@ def draw_predictions(
     predictor: Callable[[np.ndarray], dict[str, Any]], file: str, metadata: Metadata
 ) -> tuple[np.ndarray, Instances]:
     """(H, W, 3) RGB of one image file with all that the predictor finds, and its detections."""
-    result = predictor(to_predict(predictor, file))
+    image = read_image(file, "RGB")
+    result = predictor(as_input(predictor, image, file))
     instances = result["instances"].to("cpu")
-    drawing = Visualizer(read_image(file, "RGB"), metadata)
+    drawing = Visualizer(image, metadata)
     if "panoptic_seg" in result:
         segments, info = result["panoptic_seg"]
         return drawing.draw_panoptic_seg(segments.cpu(), info).get_image(), instances
     return drawing.draw_instance_predictions(instances).get_image(), instances
 
 
-def to_predict(predictor: Callable[[np.ndarray], dict[str, Any]], file: str) -> np.ndarray:
-    """An image file as the predictor takes it: (H, W, 3) BGR, or (H, W, 1) of grey models."""
+def as_input(
+    predictor: Callable[[np.ndarray], dict[str, Any]], image: np.ndarray, file: str
+) -> np.ndarray:
+    """(H, W, 3) RGB -> what the predictor takes: (H, W, 3) BGR; of grey models (H, W, 1), which is
+    read from the file as in training."""
     is_grey = getattr(predictor, "input_format", "BGR") == "L"
-    return read_image(file, "L" if is_grey else "BGR")
+    return read_image(file, "L") if is_grey else image[:, :, ::-1]
 
 
 def _to_draw(annotation: dict[str, Any], size: tuple[int, int] | None) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""What every test leaves as it was."""
+"""What every test leaves as it was, and the data that several train on."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from .training import logging_as_before
+from .training import logging_as_before, registered_rectangles
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +12,10 @@ def loggers() -> Iterator[None]:
     """Trainings in this process redirect them, and tests run in any order."""
     with logging_as_before():
         yield
+
+
+@pytest.fixture(scope="module")
+def rectangles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Name of a registered data set of twelve images."""
+    with registered_rectangles(tmp_path_factory.mktemp("rectangles")) as name:
+        yield name

@@ -16,13 +16,7 @@ from detr_d2.structures import LayerOutput
 
 from .helpers import random_inputs, tiny_cfg
 from .test_masks import MASKS, inputs_with_masks
-from .training import registered_rectangles, training_cfg
-
-
-@pytest.fixture(scope="module")
-def rectangles(tmp_path_factory):
-    with registered_rectangles(tmp_path_factory.mktemp("rectangles")) as name:
-        yield name
+from .training import training_cfg
 
 
 @pytest.fixture

@@ -231,6 +231,9 @@ def test_refusals(tmp_path, monkeypatch):
         export_model(model, tmp_path / "model.pth")
     with pytest.raises(UserError, match="TEST.DETECTIONS_PER_IMAGE is 0"):
         export_model(make_model("detr_tiny", "TEST.DETECTIONS_PER_IMAGE", 0), tmp_path / "m.pt2")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/m.pt2' cannot be written: "):
+        export_model(model, tmp_path / "file" / "m.pt2")
     with pytest.raises(UserError, match="'tensorrt'; it must be one of torch, onnxruntime"):
         optimize_for_inference(model, backend="tensorrt")
     with pytest.raises(UserError, match="only OpenVINO's files"):

@@ -16,12 +16,6 @@ from .helpers import tiny_cfg
 from .training import registered_rectangles, training_cfg
 
 
-@pytest.fixture(scope="module")
-def rectangles(tmp_path_factory):
-    with registered_rectangles(tmp_path_factory.mktemp("rectangles")) as name:
-        yield name
-
-
 @pytest.fixture
 def caplog(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)

@@ -30,13 +30,7 @@ from detr_d2.data.loader import (
 )
 from detr_d2.errors import UserError
 
-from .training import fake_rank, registered_rectangles, training_cfg, unregistering
-
-
-@pytest.fixture(scope="module")
-def rectangles(tmp_path_factory):
-    with registered_rectangles(tmp_path_factory.mktemp("rectangles")) as name:
-        yield name
+from .training import fake_rank, training_cfg, unregistering
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from detr_d2.data.image import read_image
 from detr_d2.errors import UserError
 from detr_d2.predict import image_files, predict_files
-from detr_d2.visualize import to_predict
+from detr_d2.visualize import as_input
 
 from .training import ROOT, environment
 
@@ -106,9 +107,10 @@ def test_grey_models_are_given_grey_images(folder):
     grey = Predictor()
     grey.input_format = "L"
     file = str(folder / "a.png")
-    assert to_predict(grey, file).shape == (40, 60, 1)
-    assert to_predict(Predictor(), file)[5, 7].tolist() == [0, 0, 255]
-    assert to_predict(lambda image: None, file).shape == (40, 60, 3)
+    image = read_image(file, "RGB")
+    assert as_input(grey, image, file).shape == (40, 60, 1)
+    assert as_input(Predictor(), image, file)[5, 7].tolist() == [0, 0, 255]
+    assert as_input(lambda image: None, image, file).shape == (40, 60, 3)
 
 
 def test_the_command_as_typed(folder, tmp_path):

@@ -19,15 +19,9 @@ from detr_d2.errors import UserError
 from detr_d2.structures import Predictions
 
 from .helpers import random_inputs, tiny_cfg
-from .training import read_metrics, registered_rectangles, training_cfg
+from .training import read_metrics, training_cfg
 
 LOSSES = [f"loss_{kind}{layer}" for layer in ("_0", "_1", "") for kind in ("ce", "bbox", "giou")]
-
-
-@pytest.fixture(scope="module")
-def rectangles(tmp_path_factory):
-    with registered_rectangles(tmp_path_factory.mktemp("rectangles")) as name:
-        yield name
 
 
 @pytest.fixture
