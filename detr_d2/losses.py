@@ -12,7 +12,7 @@ from .box_ops import box_iou, cxcywh_to_xyxy, generalized_box_iou
 
 
 def l1_box_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Sum over (P, 4) of |predicted - target| (DETR, section 3.1, second term of equation 9)."""
+    """Sum over (P, 4) of |predicted - target| (DETR, appendix A.2, second term of equation 9)."""
     return F.l1_loss(predicted, target, reduction="sum")
 
 

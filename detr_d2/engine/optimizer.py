@@ -17,7 +17,7 @@ class LearningRateFactor:
     Args:
         backbone: of the backbone (DETR, appendix A.4).
         sampling: of what says where to look: reference points and sampling offsets (Deformable
-            DETR, appendix A.3).
+            DETR, section 5).
         mask_head: of the mask head, which starts from nothing beside a trained detector.
     """
 

@@ -206,7 +206,7 @@ class SeparateSelfAttention(nn.Module):
 
 
 class ConditionalAttention(nn.Module):
-    """Content and place are compared apart (Conditional DETR, section 3.3, equation 4).
+    """Content and place are compared apart (Conditional DETR, section 3.3, equation 3).
 
     In every head the content's channels and the place's stand side by side, so their products
     add up. The place of a query is `position.spatial`.

@@ -52,7 +52,7 @@ class DeformableAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """At the start every head looks into a direction of its own, point p at a distance of p
-        cells, and all samples count the same (appendix A.2)."""
+        cells, and all samples count the same (appendix A.4)."""
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
         directions = directions / directions.abs().amax(-1, keepdim=True)

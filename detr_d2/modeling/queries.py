@@ -64,7 +64,7 @@ class PointQueries(nn.Module):
 
 
 class AnchorQueries(nn.Module):
-    """One learned box per query (DAB-DETR, section 4.1)."""
+    """One learned box per query (DAB-DETR, section 4.2)."""
 
     def __init__(self, num_queries: int, hidden_dim: int, learned_content: bool):
         super().__init__()
@@ -81,7 +81,7 @@ class AnchorQueries(nn.Module):
 
 class TopKQueries(nn.Module):
     """The best proposals that the encoder's tokens make, one each
-    ("two-stage": Deformable DETR, section 4.2 and appendix A.4; DINO, section 3.3).
+    ("two-stage": Deformable DETR, section 4.2 and appendix A.4; DINO, section 3.4).
 
     A token proposes a box about its own cell, of 0.05 * 2^level of the image. Cells on padding, and
     those whose centre or size is not within (0.01, 0.99), all propose the same: their features are

@@ -33,7 +33,7 @@ class StaticQueryPosition(nn.Module):
 
 class ConditionalQueryPosition(nn.Module):
     """The reference point's embedding, scaled channel by channel by what the content knows of the
-    object's extent (Conditional DETR, Meng et al., 2021, section 3.3, equation 3)."""
+    object's extent (Conditional DETR, Meng et al., 2021, section 3.3, equations 5 and 6)."""
 
     def __init__(self, hidden_dim: int):
         super().__init__()
@@ -57,7 +57,7 @@ class ConditionalQueryPosition(nn.Module):
 
 class ModulatedQueryPosition(nn.Module):
     """Position from the box, and attention as wide and high as the box
-    (DAB-DETR, Liu et al., 2022, sections 4.2 and 4.4, equations 2, 3 and 6)."""
+    (DAB-DETR, Liu et al., 2022, sections 4.2 and 4.4, equations 1, 2, 4, 6 and 7)."""
 
     def __init__(self, hidden_dim: int):
         super().__init__()
