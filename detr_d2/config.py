@@ -59,6 +59,9 @@ def _add_model_keys(cfg: CfgNode) -> None:
     detr.MASK_STRIDE = 4
     # Width of the mask head. 0: HIDDEN_DIM, as in the original.
     detr.MASK_DIM = 0
+    # Of the mask head's initial weights of attention maps. 1: the original's, 100: for trainings of
+    # minutes.
+    detr.MASK_ATTENTION_GAIN = 1.0
     # One segment for every pixel. Queries with a lower score are left out, and segments of no more
     # pixels than MIN_AREA.
     detr.PANOPTIC = CfgNode()

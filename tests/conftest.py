@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from .training import logging_as_before, registered_rectangles
 
@@ -12,6 +13,12 @@ def loggers() -> Iterator[None]:
     """Trainings in this process redirect them, and tests run in any order."""
     with logging_as_before():
         yield
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers for a test alone as after others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")

@@ -102,10 +102,21 @@ def test_masks_are_those_of_the_convolutions_one_by_one(variant, dim, stride, wi
     torch.testing.assert_close(predictions.masks(images, queries), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("gain", [1.0, 100.0])
+def test_the_first_convolution_starts_as_the_original_but_for_the_gain(gain):
+    """Kaiming's bound with a = 1: (3 / (9 * channels)) ** 0.5."""
+    head = make_model("MODEL.DETR.MASK_ATTENTION_GAIN", gain).mask_head
+    bound = (3 / (9 * head.convs[0].in_channels)) ** 0.5
+    of_image, of_maps = head.convs[0].weight.split((32, head.num_heads), dim=1)
+    assert 0.95 * bound < of_image.abs().max() <= bound
+    assert 0.95 * gain * bound < of_maps.abs().max() <= gain * bound
+
+
 @torch.no_grad()
 def test_maps_are_heard_beside_the_image_from_the_start():
     """Queries of one image have different masks; with maps of some thousandths they hardly had."""
-    model, inputs = make_model().eval(), random_inputs([(256, 256)])
+    model = make_model("MODEL.DETR.MASK_ATTENTION_GAIN", 100.0).eval()
+    inputs = random_inputs([(256, 256)])
     predictions = predictions_of(model, inputs)
     head, source = model.mask_head, predictions.masks.args[0]
     queries = torch.arange(source.content.shape[1])

@@ -153,6 +153,7 @@ def build_mask_head(cfg: CfgNode, backbone: nn.Module, neck: nn.Module) -> MaskH
         around_boxes=detr.BOX_HEAD != "absolute",
         width=detr.MASK_DIM,
         image_channels=len(cfg.MODEL.PIXEL_MEAN),
+        attention_gain=detr.MASK_ATTENTION_GAIN,
     )
 
 

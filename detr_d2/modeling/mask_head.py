@@ -69,6 +69,7 @@ class MaskHead(nn.Module):
         around_boxes: bool = False,
         width: int = 0,
         image_channels: int = 3,
+        attention_gain: float = 1.0,
     ):
         """
         Args:
@@ -89,6 +90,10 @@ class MaskHead(nn.Module):
                 step, at least 16; 0: C, as in the original. The time that masks take grows with its
                 square.
             image_channels: of the image itself.
+            attention_gain: factor of the first convolution's initial weights of attention maps; 1:
+                the original's. The maps are about 0.001 everywhere: it hardly depends on them at
+                first, and all queries start with the same mask, which a short training does not
+                leave behind.
         """
         super().__init__()
         self.num_heads = num_heads
@@ -121,10 +126,8 @@ class MaskHead(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)
-        # Not in the original: attention maps are about 0.001 everywhere. Without this factor the
-        # first convolution hardly depends on them, and all queries start with the same mask.
         with torch.no_grad():
-            self.convs[0].weight[:, hidden_dim : hidden_dim + num_heads] *= 100
+            self.convs[0].weight[:, hidden_dim : hidden_dim + num_heads] *= attention_gain
         for projection in (self.q_proj, self.k_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)

@@ -118,6 +118,8 @@ class TopKQueries(nn.Module):
         self.memory_norm = nn.LayerNorm(hidden_dim)
         self.head = head
         self.content = nn.Embedding(num_queries, hidden_dim) if content == "learned" else None
+        if self.content is not None:  # as in DINO's code, where the transformer's reset reaches it
+            nn.init.xavier_uniform_(self.content.weight)
         self.takes_features = content == "memory"
         self.position_proj = self.position_norm = None
         if content == "position":
