@@ -235,7 +235,9 @@ class SetCriterion(nn.Module):
             [float(sum(object_counts))]
             + [self.classification.normalizer(number, object_counts) for number in num_queries]
         ).to(device, non_blocking=True)
-        world_size = comm.get_world_size()
+        # Without gradients there are none to average, and validation sets need not have as many
+        # batches on each process: whoever waited for the others would wait for ever.
+        world_size = comm.get_world_size() if torch.is_grad_enabled() else 1
         if world_size > 1:
             torch.distributed.all_reduce(sums)
         num_boxes = sums[0].clamp(min=1) / world_size

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
@@ -185,6 +186,17 @@ def test_accumulated_batches_are_the_whole_batch():
         assert sum(part[name].item() for part in parts) == pytest.approx(loss.item(), rel=1e-5)
     actual = torch.autograd.grad(sum(total(part) for part in parts), leaves)
     torch.testing.assert_close(actual, expected)
+
+
+def test_losses_without_gradients_wait_for_no_other_process(monkeypatch):
+    """Validation losses: processes have different numbers of batches."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sums: pytest.fail("waits"))
+    outputs = Predictions([LayerOutput(LOGITS, BOXES)])
+    with torch.no_grad():
+        losses = make_criterion(num_classes=2)(outputs, [TARGET])
+    monkeypatch.undo()
+    assert losses == make_criterion(num_classes=2)(outputs, [TARGET])
 
 
 def test_diagnostics_go_to_the_event_storage_only():

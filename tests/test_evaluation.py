@@ -593,7 +593,7 @@ def test_evaluators_that_cannot_be_built(tmp_path):
         build_evaluator(None, name)
     name = register(random_data(0, num_images=2)[0], tmp_path, file_name="gone.json")
     (tmp_path / "gone.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"gone\.json of data set .* does not exist"):
+    with pytest.raises(UserError, match=r"gone\.json of data set .* does not exist"):
         build_evaluator(None, name)
 
 

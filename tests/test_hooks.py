@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 
 from detr_d2.engine import DetrTrainer
 from detr_d2.engine.trainer import best_metric
@@ -79,6 +79,17 @@ def test_a_resumed_training_has_to_be_better_than_before(rectangles, tmp_path, l
     resumed.resume_or_load(resume=True)
     resumed.train()
     assert best_of(tmp_path)[1]["value"] == best
+
+
+def test_detectron2s_hook_of_the_same_name_keeps_its_file(rectangles, tmp_path, caplog):
+    """It makes the best checkpoint the one to resume from, for which it needs all of it."""
+    trainer = make_trainer(rectangles, tmp_path, [10, 20, 30, 40])
+    theirs = hooks.BestCheckpointer(1, trainer.checkpointer, "bbox/AP", mode="min")
+    trainer.register_hooks([theirs])
+    trainer.train()
+    checkpoint = torch.load(tmp_path / "model_best.pth")
+    assert "optimizer" in checkpoint and checkpoint["iteration"] == 0
+    assert "Another hook writes model_best.pth" in caplog.text
 
 
 def test_a_new_training_in_the_folder_starts_anew(rectangles, tmp_path):

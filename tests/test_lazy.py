@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import DatasetCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.evaluation import COCOEvaluator
 from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from omegaconf import OmegaConf
@@ -206,6 +213,30 @@ def test_a_single_name_needs_no_list(few_digits, tmp_path):
     assert len(instantiate(cfg.dataloader.train.dataset)) == 12
     assert cfg.dataloader.evaluator.output_folder == str(tmp_path / "inference")
     assert lazy.names_of(OmegaConf.create({"dataset": {"file": "a"}})) == []
+
+
+def test_evaluators_and_loaders_of_detectron2(few_digits, tmp_path):
+    """Its evaluator's folder has another name, its loader knows no accumulation."""
+    arguments = f"""
+        --config-file {CONFIGS / "DigitScenes/detr_tiny.py"} train.output_dir={tmp_path}
+        train.max_iter=2 train.eval_period=0 dataloader.test.dataset.names=digit_scenes_val
+    """.split()
+    cfg = LazyConfig.load(arguments[1])
+    cfg.dataloader.evaluator = L(COCOEvaluator)(dataset_name="digit_scenes_val")
+    path = tmp_path / "own.yaml"
+    cfg.dataloader.train = L(build_detection_train_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="digit_scenes_train"),
+        mapper=L(DatasetMapper)(is_train=True, augmentations=[], image_format="RGB"),
+        total_batch_size=2,
+        num_workers=0,
+    )
+    LazyConfig.save(cfg, str(path))
+    arguments[1] = str(path)
+    arguments = argument_parser().parse_args(arguments)
+    cfg = lazy.setup(arguments)
+    assert cfg.dataloader.evaluator.output_dir == str(tmp_path / "inference")
+    assert lazy.train(cfg, instantiate(cfg.model), resume=False) is None
+    assert (tmp_path / "model_final.pth").is_file()
 
 
 def test_boxes_that_are_corners_are_refused_before_a_training(tmp_path):

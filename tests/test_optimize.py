@@ -124,6 +124,17 @@ def test_the_model_stays_as_it_was():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_an_optimised_copy_takes_no_weights(is_packed, monkeypatch):
+    """Folded and packed weights are not those of a checkpoint, though some names are the same."""
+    monkeypatch.setattr("detr_d2.deploy.pack.is_available", lambda: is_packed)
+    model = build_model(tiny_cfg()).eval()
+    fast = optimize_for_inference(model)
+    with pytest.raises(UserError, match="takes no weights.* optimise that again"):
+        fast.load_state_dict(model.state_dict())
+    model.load_state_dict(model.state_dict())
+
+
 def test_slow_bfloat16_is_float32(monkeypatch, caplog):
     monkeypatch.setattr(optimize, "has_bfloat16", lambda device: False)
     model, inputs = make_model("detr_tiny"), random_inputs([(64, 96)])

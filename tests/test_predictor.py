@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from detr_d2 import get_detr_cfg
+from detr_d2.checkpoint import read_checkpoint
 from detr_d2.checkpoint.convert import convert_checkpoint
 from detr_d2.checkpoint.write import write_checkpoint
 from detr_d2.engine import DetrPredictor
@@ -18,6 +20,7 @@ from detr_d2.engine.predictor import check_image
 from detr_d2.errors import UserError
 
 from .helpers import tiny_cfg
+from .training import unregistering
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,21 @@ def test_metadata_is_that_of_the_data_set(cfg, tmp_path):
     cfg.DATASETS.TEST = ("coco_2017_val",)
     predictor = DetrPredictor(cfg)
     assert predictor.metadata is MetadataCatalog.get("coco_2017_val")
+
+
+def test_the_data_is_not_loaded_where_the_checkpoint_tells_its_classes(cfg, tmp_path):
+    """Projects register at import, also on machines that have not the data."""
+    weights = read_checkpoint(cfg.MODEL.WEIGHTS)["model"]
+    names = [f"class {i}" for i in range(cfg.MODEL.DETR.NUM_CLASSES)]
+    bare = with_weights(cfg, tmp_path / "model.pth")
+    bare.DATASETS.TEST, bare.MODEL.DETR.NUM_CLASSES = ("gone_val",), 0
+    with unregistering():
+        register_coco_instances("gone_val", {}, "/nowhere/val.json", "/nowhere")
+        torch.save({"model": weights, "class_names": names}, bare.MODEL.WEIGHTS)
+        assert DetrPredictor(bare).metadata.thing_classes == names
+        torch.save({"model": weights}, bare.MODEL.WEIGHTS)
+        with pytest.raises(UserError, match=r"/nowhere/val\.json.*DETECTRON2_DATASETS"):
+            DetrPredictor(bare)
 
 
 def test_empty_weights(cfg):

@@ -4,6 +4,7 @@ import pytest
 
 from detr_d2 import get_detr_cfg
 from detr_d2.engine import resolve_epochs
+from detr_d2.engine.schedule import prefer_periods
 from detr_d2.errors import UserError
 
 
@@ -47,10 +48,24 @@ def test_epochs_without_drops_leave_the_default_drops_out():
     assert (resolved.SOLVER.MAX_ITER, tuple(resolved.SOLVER.STEPS)) == (10, ())
 
 
-def test_checkpoints_in_iterations_come_before_epochs():
+def test_periods_in_iterations_come_before_epochs():
     """Of a config of one's own that is based on one of the zoo's."""
-    cfg = make_cfg("SOLVER.CHECKPOINT_EPOCHS", 1, "SOLVER.CHECKPOINT_PERIOD", 33)
-    assert resolve_epochs(cfg, num_images=160).SOLVER.CHECKPOINT_PERIOD == 33
+    epochs = ("SOLVER.CHECKPOINT_EPOCHS", 1, "TEST.EVAL_EPOCHS", 1)
+    periods = ("SOLVER.CHECKPOINT_PERIOD", 33, "TEST.EVAL_PERIOD", 44)
+    cfg = make_cfg(*epochs, *periods)
+    resolved = resolve_epochs(prefer_periods(cfg), num_images=160)
+    assert (resolved.SOLVER.CHECKPOINT_PERIOD, resolved.TEST.EVAL_PERIOD) == (33, 44)
+    assert resolved.is_frozen() and cfg.SOLVER.CHECKPOINT_EPOCHS == 1
+    resolved = resolve_epochs(prefer_periods(make_cfg(*epochs)), num_images=160)
+    assert (resolved.SOLVER.CHECKPOINT_PERIOD, resolved.TEST.EVAL_PERIOD) == (10, 10)
+
+
+def test_a_length_in_both_is_refused():
+    """As where a script sets MAX_ITER of a config whose file counts epochs."""
+    cfg = make_cfg("SOLVER.EPOCHS", 500, "SOLVER.MAX_ITER", 300)
+    with pytest.raises(UserError, match=r"SOLVER.EPOCHS 500 and SOLVER.MAX_ITER 300: set .*40000"):
+        prefer_periods(cfg)
+    assert prefer_periods(make_cfg("SOLVER.MAX_ITER", 300)).SOLVER.MAX_ITER == 300
 
 
 def test_checkpoints_of_a_loader_that_does_not_count():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import sys
 from functools import partial
@@ -12,13 +13,14 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import load_coco_json
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from PIL import Image
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from detr_d2 import model_zoo
 from detr_d2.checkpoint import DetrCheckpointer
 from detr_d2.checkpoint.write import write_checkpoint
+from detr_d2.engine import DetrTrainer
 from detr_d2.engine.launch import argument_parser, message_for_users, run
 from detr_d2.engine.main import (
     load_config,
@@ -28,7 +30,9 @@ from detr_d2.engine.main import (
     train_or_evaluate,
     warn_about_output,
 )
+from detr_d2.engine.schedule import prefer_periods
 from detr_d2.errors import UserError
+from detr_d2.modeling.meta_arch import Detr
 from detr_d2.processor import set_float32_precision
 
 from .helpers import tiny_cfg
@@ -484,13 +488,26 @@ def test_iterations_on_the_command_line_come_before_epochs_of_the_file():
     fast = str(ROOT / "configs" / "DigitScenes" / "fast_small.yaml")  # has a period of its own
     cfg = load_config(fast, ["SOLVER.CHECKPOINT_EPOCHS", "2"])
     assert (cfg.SOLVER.CHECKPOINT_EPOCHS, cfg.SOLVER.CHECKPOINT_PERIOD) == (2, 5000)
+    cfg = load_config(fast, ["TEST.EVAL_EPOCHS", "2"])
+    assert (cfg.TEST.EVAL_EPOCHS, cfg.TEST.EVAL_PERIOD) == (2, 0)
     cfg = load_config(base, ["SOLVER.MAX_ITER", "100", "SOLVER.STEPS", "(60,)"])
     assert cfg.SOLVER.STEPS == (60,)
     with pytest.raises(UserError, match="SOLVER.STEPS counts iterations, but SOLVER.EPOCHS is 500"):
         load_config(base, ["SOLVER.STEPS", "(10,)"])
 
 
-def test_keys_of_other_models_are_named(caplog, monkeypatch):
+def test_epochs_on_the_command_line_come_before_iterations_of_the_file(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+    tiny = str(ROOT / "configs" / "DigitScenes" / "detr_tiny.yaml")
+    cfg = prefer_periods(load_config(tiny, ["SOLVER.EPOCHS", "30"]))
+    assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER) == (30, 40000)
+    assert "SOLVER.STEPS (13500,) with them" in caplog.text
+    caplog.clear()
+    load_config(tiny, ["SOLVER.EPOCHS", "30", "SOLVER.STEP_EPOCHS", "[20]"])
+    assert not caplog.text
+
+
+def test_keys_of_other_models_are_named(caplog, monkeypatch, tmp_path):
     monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
     base = str(ROOT / "configs" / "Base-DETR.yaml")
     given = {
@@ -499,12 +516,20 @@ def test_keys_of_other_models_are_named(caplog, monkeypatch):
         "TEST.AUG.ENABLED": "True",
         "TEST.SCORE_THRESHOLD": "0.4",
     }
-    load_config(base, [text for pair in given.items() for text in pair])
+    file = tmp_path / "own.yaml"  # keys of files count as those of the command line
+    file.write_text(f"_BASE_: {base}\nVIS_PERIOD: 20\nMODEL:\n  KEYPOINT_ON: True\n")
+    load_config(str(file), [text for pair in given.items() for text in pair])
     messages = [record.getMessage() for record in caplog.records]
-    first, second, third = [m for m in messages if "is for other models" in m]
-    assert "SCORE_THRESH_TEST is for other models" in first and "TEST.SCORE_THRESHOLD" in first
-    assert "RETINANET.NUM_CLASSES is for" in second and "give MODEL.DETR.NUM_CLASSES" in second
-    assert third.endswith("TEST.AUG.ENABLED is for other models, it changes nothing here.")
+    named = sorted(m for m in messages if "is for other models" in m)
+    assert [m.split()[0] for m in named] == [
+        "MODEL.KEYPOINT_ON",
+        "MODEL.RETINANET.NUM_CLASSES",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        "TEST.AUG.ENABLED",
+        "VIS_PERIOD",
+    ]
+    assert "give MODEL.DETR.NUM_CLASSES" in named[1] and "give TEST.SCORE_THRESHOLD" in named[2]
+    assert named[3] == "TEST.AUG.ENABLED is for other models, it changes nothing here."
 
 
 def test_float32_precision_is_set(monkeypatch):
@@ -585,6 +610,38 @@ def test_the_state_of_the_output_folder_is_said(tmp_path, caplog):
     assert not caplog.messages
     warn_about_output(checkpointer, resume=False)
     assert "holds checkpoints of another training" in caplog.messages.pop()
+
+
+def test_other_missing_files_keep_their_traceback():
+    """Of a script's own: what it looked for is not a data set."""
+    with pytest.raises(FileNotFoundError, match="my_own_labels"):
+        run(lambda args: os.stat("/nowhere/my_own_labels.txt"), argument_parser().parse_args([]))
+
+
+def test_a_trainer_and_a_model_of_ones_own(config, register, tmp_path):
+    """As the README's script has it; a model derived from Detr keeps its name in the config."""
+
+    class OwnDetr(Detr):
+        pass
+
+    class Trainer(DetrTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            built.append(cls)
+            return super().build_train_loader(cfg)
+
+    built = []
+    META_ARCH_REGISTRY.register(OwnDetr)
+    options = ["MODEL.META_ARCHITECTURE", "OwnDetr", "SOLVER.MAX_ITER", "2"]
+    arguments = ["--config-file", config, *register, *options, "OUTPUT_DIR", str(tmp_path)]
+    with unregistering():
+        run(
+            partial(train_or_evaluate, trainer_class=Trainer),
+            argument_parser().parse_args(list(map(str, arguments))),
+        )
+    assert built == [Trainer] and (tmp_path / "model_final.pth").is_file()
+    with pytest.raises(UserError, match="'GeneralizedRCNN', this script trains 'Detr' and what"):
+        load_config(str(config), ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"])
 
 
 def test_missing_files_of_a_built_in_data_set(config, register, monkeypatch, tmp_path):

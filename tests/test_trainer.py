@@ -11,6 +11,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.modeling import build_model
 from torch import nn
 
+from detr_d2.data import DetrDatasetMapper
 from detr_d2.data.loader import build_train_loader
 from detr_d2.engine import DetrTrainer, Precision, StepTrainer
 from detr_d2.engine.diagnose import DivergedError
@@ -40,7 +41,7 @@ class Linear(nn.Module):
         self.slope = torch.tensor(slope)
         self.noise = noise
 
-    def forward(self, batch, object_counts):
+    def forward(self, batch, object_counts=None):
         slope = self.slope + self.noise * torch.rand(2)
         return {"loss_a": (self.weight * slope).sum()}
 
@@ -132,7 +133,36 @@ def test_a_trainer_may_bring_its_loader(rectangles, tmp_path, caplog):
     resumed.train()
     assert "starts its images anew" in caplog.text
     with pytest.raises(UserError, match="the number of images, which this training's loader does"):
-        TrainerWithForeignLoader(training_cfg(rectangles, tmp_path, "SOLVER.EPOCHS", 1.0))
+        TrainerWithForeignLoader(
+            training_cfg(rectangles, tmp_path, "SOLVER.EPOCHS", 1.0, "SOLVER.MAX_ITER", 40000)
+        )
+
+
+def test_a_foreign_loader_that_ignores_accumulation_is_refused(rectangles, tmp_path):
+    """detectron2's gives 4 images a batch, so two batches have twice as many as asked for."""
+    cfg = training_cfg(rectangles, tmp_path, "SOLVER.ACCUMULATION_STEPS", 2)
+    with pytest.raises(UserError, match="8 images, not the 4 of .*IMS_PER_BATCH.* give 2 images"):
+        TrainerWithForeignLoader(cfg).train()
+
+    class Halved(TrainerWithForeignLoader):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            cfg = cfg.clone()
+            cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", 2])
+            return super().build_train_loader(cfg)
+
+    Halved(cfg).train()
+
+
+def test_a_foreign_loader_has_images_of_many_sizes(rectangles, tmp_path):
+    """One size per batch needs this package's loader; others draw one for each image."""
+    sizes = ("INPUT.MIN_SIZE_TRAIN", (32, 48, 64), "INPUT.MIN_SIZE_TRAIN_PER_BATCH", True)
+    cfg = training_cfg(rectangles, tmp_path, *sizes, "INPUT.CROP.ENABLED", False)
+    mapper = DetrDatasetMapper(cfg, is_train=True)
+    loader = build_detection_train_loader(cfg, mapper=mapper)
+    batches = [next(iter(loader)) for _ in range(3)]
+    shortest = {min(image["image"].shape[1:]) for batch in batches for image in batch}
+    assert shortest == {32, 48, 64}
 
 
 def test_a_loader_knows_the_seed_that_was_drawn(rectangles, tmp_path):
@@ -150,6 +180,31 @@ def test_a_loader_knows_the_seed_that_was_drawn(rectangles, tmp_path):
 
 
 # One step
+
+
+def test_hooks_see_the_gradients():
+    """As detectron2's trainers let them: after the backward pass, before clipping."""
+
+    class Hook(HookBase):
+        def after_backward(self):
+            seen.append(self.trainer.model.weight.grad.tolist())
+
+    seen, trainer = [], step_trainer(Linear(), max_gradient_norm=0.1)
+    trainer.register_hooks([Hook()])
+    trainer.train(0, 1)
+    assert seen == [[30.0, 40.0]]
+
+
+def test_a_model_need_not_know_of_object_counts():
+    """detectron2's models take a batch; only accumulated batches have to know of each other."""
+
+    class Plain(Linear):
+        def forward(self, batch):
+            return {"loss": self.weight.sum()}
+
+    trainer = step_trainer(Plain())
+    trainer.train(0, 1)
+    assert trainer.model.weight.grad.tolist() == [1.0, 1.0]
 
 
 def test_clipping_by_the_norm_of_all_gradients():
@@ -193,7 +248,7 @@ def test_overflow_of_float16_skips_the_step():
 class FiniteLoss(Linear):
     """Its loss is 0, its gradient NaN: infinity, of the root, times 0, of the absolute value."""
 
-    def forward(self, batch, object_counts):
+    def forward(self, batch, object_counts=None):
         return {"loss_a": self.weight.abs().sqrt().sum()}
 
 
@@ -314,7 +369,8 @@ def test_learning_rate_drops_and_warms_up(rectangles, tmp_path):
 
 def test_length_in_epochs(rectangles, tmp_path):
     """12 images in batches of 4: 3 iterations per epoch."""
-    options = ("SOLVER.EPOCHS", 2.0, "SOLVER.STEP_EPOCHS", [1], "SOLVER.WARMUP_ITERS", 0)
+    options = ("SOLVER.EPOCHS", 2.0, "SOLVER.STEP_EPOCHS", [1], "SOLVER.MAX_ITER", 40000)
+    options = (*options, "SOLVER.WARMUP_ITERS", 0)
     trainer = DetrTrainer(training_cfg(rectangles, tmp_path, *options))
     assert (trainer.max_iter, tuple(trainer.cfg.SOLVER.STEPS)) == (6, (3,))
     trainer.train()
@@ -332,6 +388,46 @@ def test_evaluation_during_training(rectangles, tmp_path):
     assert all(0 <= line["bbox/AP"] <= 100 for line in evaluated)
     assert {"bbox/AP50", "bbox/AP-red", "bbox/AP-green", "bbox/AP-blue"} < set(evaluated[-1])
     assert trainer.model.training
+
+
+def test_tests_of_ones_own(rectangles, tmp_path, monkeypatch):
+    """As in detectron2, `build_evaluator` need not exist, nor be used."""
+
+    class Without(DetrTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name):
+            raise NotImplementedError
+
+    class Own(DetrTrainer):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            return {"own": {"metric": 3.0}}
+
+    cfg = training_cfg(rectangles, tmp_path, "DATASETS.TEST", (rectangles,), "TEST.EVAL_PERIOD", 2)
+    assert Without.test(cfg, Without(cfg).model) == {}
+    monkeypatch.delattr(MetadataCatalog.get(rectangles), "evaluator_type")
+    trainer = Own(cfg)
+    trainer.train()
+    assert trainer.storage.latest()["own/metric"][0] == 3.0
+
+
+def test_a_forgotten_comma_is_named(rectangles, tmp_path):
+    cfg = training_cfg(rectangles, tmp_path)
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = "balloons"
+    with pytest.raises(
+        UserError, match=r"DATASETS.TRAIN is the text 'balloons': write \('ball.*,\)"
+    ):
+        DetrTrainer(cfg)
+
+
+def test_checkpoints_in_epochs_where_the_batch_is_scaled(rectangles, tmp_path):
+    """detectron2 scales its own default, too, which then looks like a period that was asked for."""
+    options = ("SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.CHECKPOINT_EPOCHS", 1)
+    options = (*options, "SOLVER.CHECKPOINT_PERIOD", 5000)
+    trainer = DetrTrainer(training_cfg(rectangles, tmp_path, *options))
+    assert trainer.cfg.SOLVER.IMS_PER_BATCH == 2  # 12 images: 6 iterations
+    assert trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 6
 
 
 def test_a_test_set_that_cannot_be_evaluated_is_refused_at_once(rectangles, tmp_path, monkeypatch):

@@ -18,6 +18,21 @@ def names_of(loader: DictConfig) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
+def dataset_names(cfg: CfgNode, *splits: str) -> list[str]:
+    """
+    Args:
+        splits: "TRAIN", "TEST".
+
+    Raises:
+        UserError: the comma of a tuple with one name is missing.
+    """
+    for split in splits:
+        if isinstance(cfg.DATASETS[split], str):
+            name = cfg.DATASETS[split]
+            raise UserError(f"DATASETS.{split} is the text {name!r}: write ({name!r},), a tuple.")
+    return [name for split in splits for name in cfg.DATASETS[split]]
+
+
 def resolve_num_classes(cfg: CfgNode) -> int:
     """`MODEL.DETR.NUM_CLASSES`, or where that is 0 the number of classes of the data sets.
 
@@ -26,7 +41,7 @@ def resolve_num_classes(cfg: CfgNode) -> int:
     """
     if cfg.MODEL.DETR.NUM_CLASSES > 0:
         return cfg.MODEL.DETR.NUM_CLASSES
-    return compare_num_classes(0, [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1])
+    return compare_num_classes(0, dataset_names(cfg, "TRAIN", "TEST")[:1])
 
 
 def settle_num_classes(cfg: CfgNode, dataset_names: Sequence[str]) -> CfgNode:

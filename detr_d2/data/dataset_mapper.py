@@ -206,7 +206,8 @@ class DetrDatasetMapper:
         check_size(dataset_dict, image)
 
         augmented = T.AugInput(image)
-        augmented.batch_seed = dataset_dict.get("batch_seed", 0)
+        # Other loaders than this package's tell none: a size for each image, as in detectron2.
+        augmented.batch_seed = dataset_dict.get("batch_seed", np.random.randint(2**31))
         try:
             transforms = self.augmentations(augmented)
         except (ValueError, AssertionError) as error:

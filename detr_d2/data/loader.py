@@ -35,6 +35,7 @@ from .annotations import (
 )
 from .classes import resolve_num_classes
 from .dataset_mapper import DetrDatasetMapper
+from .register import explaining_missing_files
 from .segments import check_segment_classes, listed_objects
 
 logger = logging.getLogger(__name__)
@@ -209,7 +210,8 @@ def build_test_dicts(names: str | Sequence[str]) -> list[dict]:
             evaluation of a perfect model would say 0.
     """
     names = [names] if isinstance(names, str) else list(names)
-    dataset = get_detection_dataset_dicts(names, filter_empty=False)
+    with explaining_missing_files():
+        dataset = get_detection_dataset_dicts(names, filter_empty=False)
     if dataset and all(d.get("annotations") == [] for d in dataset):
         logger.warning(f"The data set {', '.join(names)} has no object: it gives no AP.")
     refuse_xyxy_given_as_xywh(dataset, ", ".join(names))
@@ -254,8 +256,10 @@ def build_training_dicts(
     names = [names] if isinstance(names, str) else names
     dataset_dicts = []
     for name in names:
+        with explaining_missing_files():
+            loaded = DatasetCatalog.get(name)
         dataset_dicts += check_annotations(
-            DatasetCatalog.get(name), faulty_annotations, name, num_classes=num_classes, masks=masks
+            loaded, faulty_annotations, name, num_classes=num_classes, masks=masks
         )
     check_segment_classes(dataset_dicts, num_classes)
     if filter_empty:

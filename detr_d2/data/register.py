@@ -12,7 +12,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -162,6 +163,22 @@ def load_coco_dataset(json_file: str, image_dir: str) -> list[dict]:
     return list(images.values())
 
 
+@contextmanager
+def explaining_missing_files() -> Iterator[None]:
+    """
+    Raises:
+        DatasetError: a file of the data set that is loaded inside does not exist.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DatasetError(
+            f"{error} (detectron2's own data sets lie below the folder that the environment "
+            "variable DETECTRON2_DATASETS names, by default datasets; others are given with "
+            "--register)"
+        ) from error
+
+
 def classes_of(dataset_names: Sequence[str]) -> list[str] | None:
     """The class names that registered data sets share; None where they have none.
 
@@ -175,7 +192,8 @@ def classes_of(dataset_names: Sequence[str]) -> list[str] | None:
                 f"--register {name}=annotations.json:image_dir, or name another in DATASETS."
             )
         if not hasattr(MetadataCatalog.get(name), "thing_classes"):
-            DatasetCatalog.get(name)  # many data sets learn their classes only when they are loaded
+            with explaining_missing_files():  # many learn their classes only when they are loaded
+                DatasetCatalog.get(name)
     check_same_classes(dataset_names)
     if not dataset_names:
         return None

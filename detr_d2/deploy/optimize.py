@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -36,7 +37,8 @@ def optimize_for_inference(
 ) -> Detr | ExportedDetr:
     """A copy of a model that computes the same, faster; the model itself stays as it is.
 
-    Batch norms are folded into convolutions. On CPUs weights are packed for oneDNN, activations
+    The copy is made of the weights that the model has now, and takes no others. Batch norms are
+    folded into convolutions. On CPUs weights are packed for oneDNN, activations
     are computed with the layer before them, and position embeddings of unpadded images are kept.
     Proposals that only training looks at are not made.
 
@@ -74,6 +76,7 @@ def optimize_for_inference(
         dtype = torch.float32
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fast.backbone = folded(fast.backbone, fast.device, len(fast.pixel_mean))
+    fast.load_state_dict = refuse_weights
     queries = fast.transformer.queries
     if isinstance(queries, TopKQueries):
         queries.supervise_all = False
@@ -97,6 +100,18 @@ def optimize_for_inference(
             autocast = torch.autocast(fast.device.type, dtype)
             setattr(fast, name, autocast(getattr(fast, name)))
     return fast
+
+
+def refuse_weights(*args: Any, **kwargs: Any) -> None:
+    """In place of an optimised copy's `load_state_dict`.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        "An optimised copy takes no weights, its own are folded and packed: load them into the "
+        "model and optimise that again, or set MODEL.INFERENCE.BACKEND none."
+    )
 
 
 def _in_float32(

@@ -9,6 +9,7 @@ import re
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import log_first_n
 
 from ..checkpoint import DetrCheckpointer
 from ..checkpoint.write import write_atomically
@@ -50,6 +51,7 @@ class BestCheckpointer(HookBase):
         self.file = os.path.join(checkpointer.save_dir, f"{BEST}.json")
         self.best = float("-inf")
         self.seen_iteration = -1
+        self.written: tuple[int, int] | None = None
 
     def before_train(self) -> None:
         """A resumed training has to be better than what there was before it stopped."""
@@ -69,6 +71,22 @@ class BestCheckpointer(HookBase):
         if is_whole and self.seen_iteration < 0 and self.checkpointer.save_to_disk:
             logger.warning(f"No evaluation gave a {self.metric} to choose {BEST}.pth by.")
 
+    def is_written_by_another(self) -> bool:
+        """detectron2's hook gives its file the same name, and makes it the one to resume from."""
+        if self.written is None or self.written == self.stamp():
+            return False
+        log_first_n(
+            logging.WARNING,
+            f"Another hook writes {BEST}.pth: it is left to that one. TEST.BEST_METRIC '' says so.",
+            name=logger.name,
+        )
+        return True
+
+    def stamp(self) -> tuple[int, int]:
+        """Tells one version of the file from another."""
+        known = os.stat(os.path.join(self.checkpointer.save_dir, f"{BEST}.pth"))
+        return known.st_ino, known.st_mtime_ns
+
     def keep_if_better(self) -> None:
         """Where there was an evaluation since the last call, and no better one before."""
         value, iteration = self.trainer.storage.latest().get(self.metric, (None, -1))
@@ -77,9 +95,12 @@ class BestCheckpointer(HookBase):
         self.seen_iteration = iteration
         if not value > self.best:  # also NaN
             return
+        if self.is_written_by_another():
+            return
         self.best = value
         logger.info(f"The best {self.metric} so far, {value:.2f}, is kept as {BEST}.pth.")
         self.checkpointer.save_weights(BEST)
         known = {"metric": self.metric, "value": value, "iteration": iteration}
         if self.checkpointer.save_to_disk:
+            self.written = self.stamp()
             write_atomically(self.file, lambda s: s.write(json.dumps(known).encode()))

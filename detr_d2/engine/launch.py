@@ -58,12 +58,6 @@ def run(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> 
         sys.exit(130)
     except UserError as error:
         sys.exit(f"error: {one_line(error)}")
-    except FileNotFoundError as error:
-        sys.exit(
-            f"error: {one_line(str(error))} (detectron2's own data sets lie below the folder that "
-            "the environment variable DETECTRON2_DATASETS names, by default datasets; others are "
-            "given with --register)"
-        )
     except ProcessRaisedException as error:
         # One of several processes, which could only hand over its traceback as text.
         text = str(error).strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import logging
 import os
 import weakref
@@ -16,6 +17,7 @@ from detectron2.engine import default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from detectron2.utils.registry import locate
 from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -90,8 +92,10 @@ def setup(args: argparse.Namespace) -> Any:
     set_float32_precision(cfg.train.get("float32_precision") or "")
     logging.getLogger("detectron2.engine.train_loop").addFilter(shorten_user_error)
     evaluator = cfg.dataloader.evaluator
-    if OmegaConf.select(evaluator, "output_folder") is None:
-        evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
+    # This package's evaluators and detectron2's call it by other names.
+    for folder in {"output_folder", "output_dir"} & set(parameters_of(evaluator)):
+        if OmegaConf.select(evaluator, folder) is None:
+            evaluator[folder] = os.path.join(cfg.train.output_dir, "inference")
     tested = names_of(cfg.dataloader.test) or [evaluator.dataset_name]
     if tested != [evaluator.dataset_name]:
         raise UserError(
@@ -103,6 +107,12 @@ def setup(args: argparse.Namespace) -> Any:
     trained = [] if args.eval_only else names_of(cfg.dataloader.train)
     check_num_classes(cfg, [*trained, *tested])
     return cfg
+
+
+def parameters_of(call: Any) -> Sequence[str]:
+    """Names of what a LazyCall's target takes."""
+    target = call._target_
+    return list(inspect.signature(locate(target) if isinstance(target, str) else target).parameters)
 
 
 def check_num_classes(cfg: Any, dataset_names: Sequence[str]) -> None:
@@ -149,7 +159,7 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
         partial(build_loader, cfg),
         optimizer,
         precision=Precision(cfg.train.device, cfg.train.amp.enabled, cfg.train.amp.dtype),
-        accumulation_steps=cfg.dataloader.train.accumulation_steps,
+        accumulation_steps=cfg.dataloader.train.get("accumulation_steps", 1),
         max_gradient_norm=cfg.train.max_gradient_norm,
         seed=cfg.train.seed,
     )

@@ -12,7 +12,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -21,7 +21,7 @@ from yaml import YAMLError
 from ..checkpoint import DetrCheckpointer
 from ..config import get_detr_cfg
 from ..data import classes_of, parse_register_argument, register_coco_dataset
-from ..data.classes import settle_num_classes
+from ..data.classes import dataset_names, settle_num_classes
 from ..deploy import (
     check_same,
     export_model,
@@ -32,6 +32,7 @@ from ..deploy import (
 )
 from ..errors import UserError
 from ..model_zoo import trained_weights
+from ..modeling.meta_arch import Detr
 from ..processor import set_float32_precision, usable_device
 from .launch import one_line
 from .predictor import DetrPredictor
@@ -40,8 +41,13 @@ from .trainer import DetrTrainer, build_checkpointer
 logger = logging.getLogger(__name__)
 
 
-def train_or_evaluate(args: argparse.Namespace) -> dict | None:
+def train_or_evaluate(
+    args: argparse.Namespace, trainer_class: type[DetrTrainer] = DetrTrainer
+) -> dict | None:
     """Runs what the command line asks for, in this process.
+
+    Args:
+        trainer_class: `DetrTrainer`, or a subclass with a loader, a mapper, hooks of one's own.
 
     Returns:
         The metrics of an evaluation; of a training only with TEST.EXPECTED_RESULTS, as detectron2.
@@ -51,8 +57,8 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
     """
     cfg = setup(args)
     if args.eval_only:
-        return evaluate(cfg, args.resume)
-    trainer = DetrTrainer(cfg)
+        return evaluate(cfg, args.resume, trainer_class)
+    trainer = trainer_class(cfg)
     warn_about_output(trainer.checkpointer, args.resume)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
@@ -73,8 +79,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         folder = place_of_config(cfg, args.eval_only).OUTPUT_DIR
         setup_logger(folder, distributed_rank=comm.get_rank(), name="detr_d2")
     register_datasets(args.register, cfg.DATASETS.TEST, cfg.INPUT.SKIP_UNREADABLE_IMAGES)
-    training_names = () if args.eval_only else cfg.DATASETS.TRAIN
-    cfg = settle_num_classes(cfg, [*training_names, *cfg.DATASETS.TEST])
+    splits = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
+    cfg = settle_num_classes(cfg, dataset_names(cfg, *splits))
     cfg.freeze()
     with blaming_output("OUTPUT_DIR", cfg.OUTPUT_DIR):
         default_setup(place_of_config(cfg, args.eval_only), args)
@@ -161,7 +167,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         ) from error
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     check_names(cfg)
-    warn_of_unread_keys(overrides[::2])
+    warn_of_unread_keys(cfg)
     prefer_iterations(cfg, overrides[::2])
     return cfg
 
@@ -203,22 +209,30 @@ UNREAD_KEYS = {
             *("MODEL.ANCHOR_GENERATOR", "MODEL.PROPOSAL_GENERATOR", "MODEL.RPN", "MODEL.RETINANET"),
             *("MODEL.ROI_HEADS", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_BOX_CASCADE_HEAD"),
             *("MODEL.ROI_MASK_HEAD", "MODEL.ROI_KEYPOINT_HEAD", "MODEL.KEYPOINT_ON"),
-            *("MODEL.SEM_SEG_HEAD", "MODEL.PANOPTIC_FPN", "TEST.AUG"),
+            *("MODEL.SEM_SEG_HEAD", "MODEL.PANOPTIC_FPN", "TEST.AUG", "VIS_PERIOD"),
         ),
         "",
     ),
 }
 
 
-def warn_of_unread_keys(overridden: Sequence[str]) -> None:
-    """Names keys of the command line that change nothing here, as detectron2 has them for its
-    other models."""
-    for key in overridden:
+def warn_of_unread_keys(cfg: CfgNode) -> None:
+    """Names keys that were set and change nothing here, as detectron2 has them for its other
+    models."""
+    for key in changed_keys(cfg, get_detr_cfg()):
         for unread, instead in UNREAD_KEYS.items():
             if key == unread or key.startswith(f"{unread}."):
                 advice = f": give {instead}" if instead else ""
                 logger.warning(f"{key} is for other models, it changes nothing here{advice}.")
                 break
+
+
+def changed_keys(cfg: CfgNode, default: CfgNode, prefix: str = "") -> Iterator[str]:
+    for name, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from changed_keys(value, default[name], f"{prefix}{name}.")
+        elif value != default[name]:
+            yield f"{prefix}{name}"
 
 
 def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:
@@ -238,11 +252,20 @@ def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:
                     "unless SOLVER.STEPS says when."
                 )
         cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS = None, []
+    if "SOLVER.EPOCHS" in overridden and "SOLVER.MAX_ITER" not in overridden:
+        cfg.SOLVER.MAX_ITER = get_cfg().SOLVER.MAX_ITER
+        if cfg.SOLVER.STEPS and not cfg.SOLVER.STEP_EPOCHS and "SOLVER.STEPS" not in overridden:
+            logger.warning(
+                f"SOLVER.EPOCHS replaces iterations, and SOLVER.STEPS {cfg.SOLVER.STEPS} with "
+                "them: the learning rate does not drop unless SOLVER.STEP_EPOCHS says when."
+            )
     if "SOLVER.CHECKPOINT_EPOCHS" in overridden:
         cfg.SOLVER.CHECKPOINT_PERIOD = get_cfg().SOLVER.CHECKPOINT_PERIOD
     elif "SOLVER.CHECKPOINT_PERIOD" in overridden:
         cfg.SOLVER.CHECKPOINT_EPOCHS = None
-    if "TEST.EVAL_PERIOD" in overridden and "TEST.EVAL_EPOCHS" not in overridden:
+    if "TEST.EVAL_EPOCHS" in overridden:
+        cfg.TEST.EVAL_PERIOD = get_cfg().TEST.EVAL_PERIOD
+    elif "TEST.EVAL_PERIOD" in overridden:
         cfg.TEST.EVAL_EPOCHS = None
     if "SOLVER.STEPS" in overridden and cfg.SOLVER.EPOCHS:
         raise UserError(
@@ -257,10 +280,12 @@ def check_names(cfg: CfgNode) -> None:
         UserError: a device, model or backbone that does not exist, or CPU processes on a machine
             that shows GPUs.
     """
-    if cfg.MODEL.META_ARCHITECTURE != "Detr":
+    name = cfg.MODEL.META_ARCHITECTURE
+    is_detr = name in META_ARCH_REGISTRY and issubclass(META_ARCH_REGISTRY.get(name), Detr)
+    if not is_detr:
         raise UserError(
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}, this script trains "
-            "'Detr': give --config-file one of the files in configs/, or one based on them."
+            f"MODEL.META_ARCHITECTURE is {name!r}, this script trains 'Detr' and what is derived "
+            "from it: give --config-file one of the files in configs/, or one based on them."
         )
     if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
         names = ", ".join(sorted(name for name, _ in BACKBONE_REGISTRY))
@@ -285,7 +310,9 @@ def shorten_user_error(record: logging.LogRecord) -> bool:
     return True
 
 
-def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
+def evaluate(
+    cfg: CfgNode, resume: bool = False, trainer_class: type[DetrTrainer] = DetrTrainer
+) -> dict:
     """Evaluates `MODEL.WEIGHTS`, weights or an exported model, or with `resume` the last checkpoint
     of `OUTPUT_DIR`, in the way `MODEL.INFERENCE` says.
 
@@ -302,20 +329,22 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> dict:
                 f"'{cfg.MODEL.WEIGHTS}' merges no masks: set MODEL.DETR.PANOPTIC.ENABLED False."
             )
     else:
-        model = prepare_for_inference(cfg, load_trained(cfg, resume))
-    results = DetrTrainer.test(cfg, model)
+        model = prepare_for_inference(cfg, load_trained(cfg, resume, trainer_class))
+    results = trainer_class.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
 
 
-def load_trained(cfg: CfgNode, resume: bool = False) -> nn.Module:
+def load_trained(
+    cfg: CfgNode, resume: bool = False, trainer_class: type[DetrTrainer] = DetrTrainer
+) -> nn.Module:
     """The model with `MODEL.WEIGHTS`, or with `resume` the last checkpoint of `OUTPUT_DIR`.
 
     Raises:
         UserError: weights that cannot be used.
     """
-    model = DetrTrainer.build_model(cfg)
+    model = trainer_class.build_model(cfg)
     checkpointer = build_checkpointer(cfg, model, cfg.DATASETS.TEST)
     checkpointer.new_class_head = False  # a new head is for the start of a training
     path = last_checkpoint(checkpointer) if resume else cfg.MODEL.WEIGHTS

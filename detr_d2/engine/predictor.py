@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checkpoint import load_weights, read_checkpoint
 from ..data import classes_of
-from ..data.classes import compare_num_classes
+from ..data.classes import compare_num_classes, dataset_names
 from ..data.dataset_mapper import build_augmentation
 from ..deploy import ExportedDetr, is_exported, load_exported, prepare_for_inference, to_dtype
 from ..errors import UserError
@@ -34,6 +34,9 @@ class DetrPredictor(DefaultPredictor):
     Instances} at the image's size, without those of scores below `TEST.SCORE_THRESHOLD`.
     (detectron2's own predictor works with this package's `.pth` files; its checkpointer knows no
     other format and unpickles `.pkl` files without restriction.)
+
+    `model` is an optimised copy, unless `MODEL.INFERENCE.BACKEND` is "none": for counting
+    parameters and operations, or loading other weights into it.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -47,19 +50,21 @@ class DetrPredictor(DefaultPredictor):
         self.cfg.defrost()
         self.cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
         set_float32_precision(cfg.FLOAT32_PRECISION)
-        names = [n for n in [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN] if n in DatasetCatalog][:1]
+        names = [n for n in dataset_names(cfg, "TEST", "TRAIN") if n in DatasetCatalog][:1]
+        self.metadata = MetadataCatalog.get(names[0]) if names else Metadata()
         if is_exported(cfg.MODEL.WEIGHTS):
             self.model = load_exported(cfg.MODEL.WEIGHTS, to_dtype(cfg.MODEL.INFERENCE.DTYPE))
             self._follow(self.model)
             classes = self.model.class_names
-            if classes and classes != classes_of(names):
-                names = []
         else:
-            classes = classes_of(names) or read_checkpoint(cfg.MODEL.WEIGHTS).get("class_names")
+            # The data itself comes last: it may be large, or not on this machine.
+            classes = self.metadata.get("thing_classes")
+            classes = classes or read_checkpoint(cfg.MODEL.WEIGHTS).get("class_names")
+            classes = classes or classes_of(names)
             self.model = self._load(classes)
-        self.metadata = MetadataCatalog.get(names[0]) if names else Metadata()
-        if not names:
-            self.metadata.thing_classes = classes
+        if classes and list(self.metadata.get("thing_classes", ())) != list(classes):
+            self.metadata = Metadata()
+            self.metadata.thing_classes = list(classes)
         settings = self.cfg.INPUT
         [self.aug] = build_augmentation(
             False, min_size=settings.MIN_SIZE_TEST, max_size=settings.MAX_SIZE_TEST

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +11,47 @@ from detectron2.config import CfgNode, get_cfg
 
 from ..errors import UserError
 
+logger = logging.getLogger(__name__)
+
+
+def prefer_periods(cfg: CfgNode) -> CfgNode:
+    """The config without the epochs of what it counts in iterations, too. What is not detectron2's
+    default was given, in a yaml, on the command line or in code: to be asked before anything
+    scales it.
+
+    Raises:
+        UserError: the length is given in both. Which one came later cannot be told.
+    """
+    default, given = get_cfg(), cfg.clone()
+    length = default.SOLVER.MAX_ITER
+    if cfg.SOLVER.EPOCHS and length != cfg.SOLVER.MAX_ITER:
+        raise UserError(
+            f"The length is given twice, as SOLVER.EPOCHS {cfg.SOLVER.EPOCHS} and SOLVER.MAX_ITER "
+            f"{cfg.SOLVER.MAX_ITER}: set SOLVER.EPOCHS None and SOLVER.STEP_EPOCHS [] to count "
+            f"iterations, or SOLVER.MAX_ITER {length}, detectron2's default, to count epochs."
+        )
+    given.defrost()
+    for group, period, epochs in (
+        ("SOLVER", "CHECKPOINT_PERIOD", "CHECKPOINT_EPOCHS"),
+        ("TEST", "EVAL_PERIOD", "EVAL_EPOCHS"),
+    ):
+        if cfg[group][epochs] and cfg[group][period] != default[group][period]:
+            logger.info(
+                f"{group}.{period} {cfg[group][period]} comes before {group}.{epochs} "
+                f"{cfg[group][epochs]}."
+            )
+            given[group][epochs] = None
+    if cfg.is_frozen():
+        given.freeze()
+    return given
+
 
 def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
     """The config with epochs turned into iterations over `num_images` training images.
 
     `SOLVER.EPOCHS` becomes `SOLVER.MAX_ITER`, `SOLVER.STEP_EPOCHS` `SOLVER.STEPS`,
     `SOLVER.CHECKPOINT_EPOCHS` `SOLVER.CHECKPOINT_PERIOD` and `TEST.EVAL_EPOCHS` `TEST.EVAL_PERIOD`;
-    the epoch keys go back to their defaults, so the result says each thing once. A
-    `CHECKPOINT_PERIOD` other than detectron2's default comes before epochs.
+    the epoch keys go back to their defaults, so the result says each thing once.
 
     Raises:
         UserError: drops of the learning rate without a length in epochs, or after it; what is no
@@ -52,8 +86,7 @@ def resolve_epochs(cfg: CfgNode, num_images: int | None) -> CfgNode:
     if solver.EPOCHS:
         resolved.SOLVER.MAX_ITER = iterations(solver.EPOCHS)
         resolved.SOLVER.STEPS = tuple(iterations(e) for e in solver.STEP_EPOCHS)
-    is_default = solver.CHECKPOINT_PERIOD == get_cfg().SOLVER.CHECKPOINT_PERIOD
-    if solver.CHECKPOINT_EPOCHS and is_default and num_images is not None:
+    if solver.CHECKPOINT_EPOCHS and num_images is not None:
         resolved.SOLVER.CHECKPOINT_PERIOD = iterations(solver.CHECKPOINT_EPOCHS)
     if cfg.TEST.EVAL_EPOCHS:
         resolved.TEST.EVAL_PERIOD = iterations(cfg.TEST.EVAL_EPOCHS)

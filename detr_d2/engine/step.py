@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data.loader import ResumableBatchSampler, derive_seed
+from ..errors import UserError
 from .diagnose import explain_lack_of_memory, explain_non_finite
 from .precision import Precision
 
@@ -50,16 +51,20 @@ class StepTrainer(TrainerBase):
         accumulation_steps: int = 1,
         max_gradient_norm: float | None = None,
         seed: int | None = None,
+        images_per_step: int | None = None,
     ):
         """
         Args:
-            model: takes (batch, object counts), returns weighted losses by name.
+            model: takes a batch, returns weighted losses by name; where batches are accumulated,
+                it also takes the object counts of all of them.
             build_loader: seed -> batches without end. A resumed training goes on where it stopped
                 if they come from `detr_d2.data.loader.build_train_loader`.
             precision: autocast and gradient scaling.
             accumulation_steps: batches per optimizer step.
             max_gradient_norm: of all gradients taken as one vector; None does not clip.
             seed: None or negative draws one, the same on all processes.
+            images_per_step: of all processes and accumulated batches, which loaders of other kinds
+                than this package's may not know of; None does not look.
         """
         TrainerBase.__init__(self)  # not super(): in DetrTrainer that is DefaultTrainer's
         self.model = distribute(model)
@@ -73,6 +78,7 @@ class StepTrainer(TrainerBase):
         self.build_loader = build_loader
         self.data_loader = build_loader(self.seed)
         self._batches: Iterator[Batch] | None = None
+        self.images_per_step = images_per_step
         self.is_stepping = False  # true where a step was begun and not finished
 
     @property
@@ -123,9 +129,12 @@ class StepTrainer(TrainerBase):
         start = time.perf_counter()
         batches = [next(self._batches) for _ in range(self.accumulation_steps)]
         data_time = time.perf_counter() - start
+        if self.iter == self.start_iter:
+            self.check_images(batches)
 
         self.optimizer.zero_grad()
         losses = self.backward(batches)
+        self.after_backward()
         self.precision.scaler.unscale_(self.optimizer)
         self.clip_gradients(batches)
         self.precision.scaler.step(self.optimizer)
@@ -133,6 +142,22 @@ class StepTrainer(TrainerBase):
         self.watch_scale(batches)
         SimpleTrainer.write_metrics(losses, data_time, self.iter)
         self.is_stepping = False
+
+    def check_images(self, batches: Sequence[Batch]) -> None:
+        """
+        Raises:
+            UserError: a step has other images than it should, by a loader that makes its batches
+                without regard to accumulation.
+        """
+        wanted, processes = self.images_per_step, comm.get_world_size()
+        found = sum(map(len, batches)) * processes
+        if self.batch_sampler or wanted is None or len(batches) == 1 or found == wanted:
+            return
+        raise UserError(
+            f"A step has {found} images, not the {wanted} of SOLVER.IMS_PER_BATCH: "
+            f"SOLVER.ACCUMULATION_STEPS makes it of {len(batches)} batches, so let "
+            f"build_train_loader give {wanted // (processes * len(batches))} images a batch."
+        )
 
     def watch_scale(self, batches: Sequence[Batch]) -> None:
         """Stops float16 that skips step after step: each halves the scale.
@@ -247,7 +272,8 @@ def accumulate_gradients(
         distributed = isinstance(model, DistributedDataParallel)
         with model.no_sync() if distributed and not is_last else nullcontext():
             with precision.autocast():
-                losses = model(batch, object_counts)
+                # A single batch counts its own objects: any model of detectron2's kind will do.
+                losses = model(batch) if len(batches) == 1 else model(batch, object_counts)
             precision.scaler.scale(sum(losses.values())).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach()

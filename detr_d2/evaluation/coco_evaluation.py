@@ -56,7 +56,7 @@ class COCODetectionEvaluator(DatasetEvaluator):
             backend: "hotcoco" or "pycocotools"; None takes the faster one installed.
 
         Raises:
-            FileNotFoundError: the annotation file is missing; said before inference begins.
+            UserError: the annotation file is missing; said before inference begins.
             UserError: a data set without annotation file, and no folder to write one to.
         """
         self._metadata = MetadataCatalog.get(dataset_name)
@@ -151,7 +151,7 @@ class COCODetectionEvaluator(DatasetEvaluator):
             convert_to_coco_json(self._dataset_name, path, allow_cached=False)
         path = PathManager.get_local_path(path)
         if not os.path.isfile(path):
-            raise FileNotFoundError(
+            raise UserError(
                 f"Annotation file {path} of data set '{self._dataset_name}' does not exist; "
                 "correct the path it is registered with."
             )
