@@ -71,28 +71,37 @@ def predict_files(
     Raises:
         UserError: nothing can be written there.
     """
-    metadata = getattr(predictor, "metadata", Metadata())
-    classes = metadata.get("thing_classes")
     found: list[dict[str, Any]] = []
     try:
-        for name, file in files.items():
-            try:
-                picture, instances = draw_predictions(predictor, str(file), metadata)
-            except UnreadableImageError as error:
-                logger.warning("%s It is left out.", error)
-                continue
-            entries = instances_to_coco_json(instances, name)
-            if classes:
-                entries = [{**e, "category": classes[e["category_id"]]} for e in entries]
-            found += entries
-            path = os.path.join(output, f"{name}.png")
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            Image.fromarray(picture).save(path)
-        os.makedirs(output, exist_ok=True)
-        with open(os.path.join(output, "detections.json"), "w") as stream:
-            json.dump(found, stream)
+        try:
+            for name, file in files.items():
+                found += _predict_file(predictor, name, file, output)
+        finally:  # what was found before an interruption is not lost
+            os.makedirs(output, exist_ok=True)
+            with open(os.path.join(output, "detections.json"), "w") as stream:
+                json.dump(found, stream)
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"--output '{output}' cannot be written to: {error}.") from error
     return len(found)
+
+
+def _predict_file(
+    predictor: Callable[[np.ndarray], dict[str, Any]], name: str, file: Path, output: str
+) -> list[dict[str, Any]]:
+    """The entries of one image; none where it cannot be read."""
+    metadata = getattr(predictor, "metadata", Metadata())
+    classes = metadata.get("thing_classes")
+    try:
+        picture, instances = draw_predictions(predictor, str(file), metadata)
+    except UnreadableImageError as error:
+        logger.warning("%s It is left out.", error)
+        return []
+    path = os.path.join(output, f"{name}.png")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Image.fromarray(picture).save(path)
+    entries = instances_to_coco_json(instances, name)
+    if classes:
+        entries = [{**e, "category": classes[e["category_id"]]} for e in entries]
+    return entries

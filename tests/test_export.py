@@ -1,24 +1,29 @@
 """Exported files: the same detections at any size, in batches, through evaluator and predictor."""
 
 import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from detr_d2 import export_model, load_exported, optimize_for_inference
-from detr_d2.deploy import export, runtime
+from detr_d2 import export_model, get_detr_cfg, load_exported, optimize_for_inference
+from detr_d2.deploy import export, load_from_config, runtime
 from detr_d2.deploy.exportable import ExportableDetr
 from detr_d2.deploy.runtime import ExportedDetr, as_batch, best_of_queries
-from detr_d2.engine import main
+from detr_d2.engine import DetrPredictor, main
 from detr_d2.engine.main import evaluate
 from detr_d2.errors import UserError
 from detr_d2.modeling.panoptic import PanopticMerger
 
 from .helpers import CONFIGS, VARIANTS, random_inputs, tiny_cfg
 from .test_optimize import make_model
+from .test_readme import python_blocks
 
+NAMES = ["a", "b", "c", "d", "e"]
 SUFFIXES = [".pt2", ".onnx", ".xml"]
 # These stand for all: single- and multi-scale, learned and chosen queries, softmax and sigmoid.
 QUICK = [("detr_tiny", ".pt2"), ("detr_tiny", ".xml"), ("dino_tiny", ".onnx")]
@@ -41,9 +46,9 @@ def packages():
 def test_files_hold_the_same_detector(tmp_path, variant, suffix):
     model = make_model(variant, "TEST.DETECTIONS_PER_IMAGE", 5)
     path = tmp_path / f"model{suffix}"
-    export_model(model, path, ["a", "b"], trials=[(1, 160, 224), (2, 192, 128)], min_size=800)
-    described = json.loads(path.with_suffix(".json").read_text())
-    assert described["class_names"] == ["a", "b"] and described["min_size"] == 800
+    export_model(model, path, NAMES, trials=[(1, 160, 224), (2, 192, 128)], min_size=800)
+    described = json.loads((tmp_path / f"model{suffix}.json").read_text())
+    assert described["class_names"] == NAMES and described["min_size"] == 800
     assert not list(tmp_path.glob("*.onnx")) or suffix == ".onnx"
     exported = load_exported(path)
     # Other sizes and numbers than those it was traced and compared with.
@@ -58,14 +63,74 @@ def test_files_hold_the_same_detector(tmp_path, variant, suffix):
             assert distance.min(1).values.max() < 0.1
 
 
-def test_attention_can_be_fused(tmp_path):
+@pytest.fixture(scope="module")
+def onnx_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    sizes = {"min_size": 96, "max_size": 120}
+    export_model(make_model("detr_tiny"), path, NAMES, trials=[(1, 160, 224)], **sizes)
+    return path
+
+
+def test_attention_can_be_fused(onnx_file):
     """Runtimes know a sum before the softmax, and nothing after it."""
     onnx = pytest.importorskip("onnx")
-    export_model(make_model("detr_tiny"), tmp_path / "model.onnx", trials=[(1, 160, 224)])
-    nodes = onnx.load(str(tmp_path / "model.onnx")).graph.node
+    nodes = onnx.load(str(onnx_file)).graph.node
     kinds = {node.output[0]: node.op_type for node in nodes}
     weights = [n for n in nodes if n.op_type == "MatMul" and kinds.get(n.input[0]) == "Softmax"]
     assert len(weights) >= 6 and "IsNaN" not in kinds.values()
+
+
+def test_a_file_is_used_without_this_package(onnx_file, monkeypatch):
+    """The README's example finds what the predictor finds."""
+    [example] = [b for b in python_blocks() if "onnxruntime" in b]
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    monkeypatch.chdir(onnx_file.parent)
+    Image.fromarray(image).save("image.jpg", quality=100, subsampling=0)
+    found = {}
+    exec(example.replace("scores[0] > 0.5", "scores[0] > 0"), found)
+    cfg = get_detr_cfg()
+    cfg.MODEL.WEIGHTS = "model.onnx"
+    decoded = np.asarray(Image.open("image.jpg"))
+    expected = DetrPredictor(cfg)(decoded[:, :, ::-1])["instances"]
+    assert len(found["names"]) == len(expected) > 0
+    boxes = torch.from_numpy(found["boxes"]).float()
+    boxes = boxes.clamp(min=0).minimum(torch.tensor([90.0, 60.0, 90.0, 60.0]))
+    torch.testing.assert_close(boxes, expected.pred_boxes.tensor, atol=0.3, rtol=0)
+    scores = torch.from_numpy(found["scores"][0])
+    torch.testing.assert_close(scores, expected.scores, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".xml"])
+@torch.no_grad()
+def test_tiny_and_narrow_images(tmp_path, suffix):
+    """Also as the first that a network sees, and without harm to the next."""
+    variant = "detr_tiny" if suffix == ".pt2" else "fast_tiny"
+    model = make_model(variant, "TEST.DETECTIONS_PER_IMAGE", 5)
+    export_model(model, tmp_path / f"model{suffix}", trials=[(1, 160, 224)])
+    exported = load_exported(tmp_path / f"model{suffix}")
+    for size in ((1, 1), (96, 128), (4, 200), (64, 96)):
+        inputs = random_inputs([size])
+        ours, theirs = exported(inputs)[0]["instances"], model(inputs)[0]["instances"]
+        number = len(theirs)  # a map of one token has one proposal
+        # Sides that a .pt2 file cannot take are padded, which is what a few pixels see of the world.
+        tolerance = 1e-4 if suffix == ".xml" or min(size) > 16 else 2e-2
+        assert (ours.scores[:number] - theirs.scores).abs().max() < tolerance
+        distance = torch.cdist(theirs.pred_boxes.tensor, ours.pred_boxes.tensor)
+        assert distance.min(1).values.max() < 100 * tolerance + 0.1
+
+
+@torch.no_grad()
+def test_openvino_in_several_threads(tmp_path):
+    """A network has one place for its outputs."""
+    model = make_model("detr_tiny")
+    export_model(model, tmp_path / "model.xml", trials=[(1, 160, 224)])
+    exported = load_exported(tmp_path / "model.xml")
+    inputs = [random_inputs([(64, 96)]) for _ in range(5)] * 8
+    expected = [exported(each)[0]["instances"].scores for each in inputs[:5]] * 8
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda each: exported(each)[0]["instances"].scores, inputs))
+    for ours, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @torch.no_grad()
@@ -153,6 +218,47 @@ def test_a_file_that_differs_is_not_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_come_into_place_in_one_move(tmp_path, monkeypatch):
+    """A program that has the earlier file open keeps it; nothing of others is overwritten."""
+    monkeypatch.setattr(export, "open_model", lambda path: None)
+    monkeypatch.setattr(export, "largest_differences", lambda *_: (0.0, 0.0, 0.0))
+    model = make_model("detr_tiny")
+    for number, suffix in enumerate((".onnx", ".onnx", ".pt2")):
+        text = str(number)
+        monkeypatch.setattr(export, "write", lambda _, path, text=text: path.write_text(text))
+        export_model(model, tmp_path / f"train{suffix}", [*NAMES[1:], text])
+        if number == 0:
+            opened = open(tmp_path / "train.onnx")  # noqa: SIM115
+    (tmp_path / "train.json").write_text("annotations of somebody's")
+    with opened:
+        assert opened.read() == "0" and (tmp_path / "train.onnx").read_text() == "1"
+    described = [json.loads((tmp_path / f"train{s}.json").read_text()) for s in (".onnx", ".pt2")]
+    assert [each["class_names"][-1] for each in described] == ["1", "2"]
+    (tmp_path / "pytorch_model.bin").write_text("weights of somebody's")
+    with pytest.raises(UserError, match="would overwrite '.*pytorch_model.bin': choose another"):
+        export_model(model, tmp_path / "pytorch_model.xml")
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_segments_need_all_queries(tmp_path):
+    model = model_with_masks("detr_tiny")
+    model.detections_per_image = 3
+    with pytest.raises(UserError, match="DETECTIONS_PER_IMAGE is 3, and segments are merged of"):
+        export_model(model, tmp_path / "model.onnx")
+
+
+def test_what_the_file_decides_is_said(onnx_file, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+    cfg = tiny_cfg("MODEL.WEIGHTS", str(onnx_file))
+    load_from_config(cfg)
+    assert not caplog.text
+    cfg.MODEL.INFERENCE.BACKEND = "openvino"
+    load_from_config(cfg)
+    assert "runs on onnxruntime: MODEL.INFERENCE.BACKEND openvino" in caplog.text
+    with pytest.raises(UserError, match="Inference runs in float32, .*, not in float8"):
+        load_exported(onnx_file, "float8")
+
+
 def sure_of_nothing(*options):
     """A model as it is after a training: in noise there is no object."""
     model = make_model("detr_tiny", *options)
@@ -229,6 +335,8 @@ def test_refusals(tmp_path, monkeypatch):
     model = make_model("detr_tiny")
     with pytest.raises(UserError, match="must end in one of .pt2, .onnx, .xml"):
         export_model(model, tmp_path / "model.pth")
+    with pytest.raises(UserError, match="The model has 5 classes, and 4 names are given"):
+        export_model(model, tmp_path / "model.onnx", NAMES[1:])
     with pytest.raises(UserError, match="TEST.DETECTIONS_PER_IMAGE is 0"):
         export_model(make_model("detr_tiny", "TEST.DETECTIONS_PER_IMAGE", 0), tmp_path / "m.pt2")
     (tmp_path / "file").write_text("")

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 import re
 
 import pytest
@@ -11,7 +12,12 @@ from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BasicStem
 from torch import nn
 
-from detr_d2.deploy import optimize, optimize_for_inference, prepare_for_inference
+from detr_d2.deploy import (
+    export_model,
+    optimize,
+    optimize_for_inference,
+    prepare_for_inference,
+)
 from detr_d2.deploy.exportable import ExportableDetr
 from detr_d2.deploy.fold import fold_batch_norms, folded
 from detr_d2.deploy.optimize import CachedPositionEmbedding
@@ -125,14 +131,36 @@ def test_the_model_stays_as_it_was():
 
 @torch.no_grad()
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_an_optimised_copy_takes_no_weights(is_packed, monkeypatch):
+def test_an_optimised_copy_takes_and_gives_no_weights(is_packed, monkeypatch, tmp_path):
     """Folded and packed weights are not those of a checkpoint, though some names are the same."""
     monkeypatch.setattr("detr_d2.deploy.pack.is_available", lambda: is_packed)
     model = build_model(tiny_cfg()).eval()
     fast = optimize_for_inference(model)
-    with pytest.raises(UserError, match="takes no weights.* optimise that again"):
-        fast.load_state_dict(model.state_dict())
+    refused = [lambda: fast.load_state_dict(model.state_dict()), fast.state_dict]
+    if is_packed:
+        refused += [lambda: copy.deepcopy(fast), lambda: pickle.dumps(fast)]
+        refused += [lambda: export_model(fast, tmp_path / "m.onnx")]
+        refused += [lambda: optimize_for_inference(fast)]
+    for attempt in refused:
+        with pytest.raises(UserError, match="an optimised copy.* optimise that again"):
+            attempt()
     model.load_state_dict(model.state_dict())
+
+
+@torch.no_grad()
+def test_a_copy_of_an_unpacked_one_is_on_its_own(monkeypatch):
+    """As on GPUs: whose copies compute with their own weights, in the type that was asked for."""
+    monkeypatch.setattr(optimize, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(optimize.pack, "is_available", lambda: False)
+    inputs = random_inputs([(64, 96)])
+    fast = optimize_for_inference(make_model("detr_tiny"), "bfloat16")
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(fast)))
+    before, other = fast.predict(inputs)[-1], copied.predict(inputs)[-1]
+    assert torch.equal(before.logits, other.logits)
+    for parameter in copied.parameters():
+        parameter.zero_()
+    assert not copied.predict(inputs)[-1].logits.any()
+    assert torch.equal(fast.predict(inputs)[-1].logits, before.logits)
 
 
 def test_slow_bfloat16_is_float32(monkeypatch, caplog):

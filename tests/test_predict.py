@@ -97,6 +97,19 @@ def test_unreadable_images_are_named_and_left_out(folder, tmp_path, caplog, monk
     assert "Cannot read the image" in caplog.text and "broken.jpg" in caplog.text
 
 
+def test_what_was_found_before_an_interruption_is_written(folder, tmp_path):
+    class Interrupted(Predictor):
+        def __call__(self, image):
+            if (tmp_path / "a.png.png").exists():
+                raise KeyboardInterrupt
+            return super().__call__(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(Interrupted(), image_files([str(folder)]), str(tmp_path))
+    [found] = json.loads((tmp_path / "detections.json").read_text())
+    assert found["image_id"] == "a.png"
+
+
 def test_output_that_cannot_be_written_is_named(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output '.*file/out' cannot be written to"):

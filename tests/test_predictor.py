@@ -116,6 +116,18 @@ def test_the_data_is_not_loaded_where_the_checkpoint_tells_its_classes(cfg, tmp_
             DetrPredictor(bare)
 
 
+def test_names_of_heads_with_a_row_for_each_category_id(cfg, tmp_path):
+    """As published models have them: COCO's dog has the id 18, with a hole before it."""
+    cfg = with_weights(cfg, tmp_path / "model.pth")
+    cfg.DATASETS.TEST, cfg.MODEL.DETR.NUM_CLASSES = ("coco_2017_val",), 91
+    write_checkpoint(cfg.MODEL.WEIGHTS, build_model(cfg).state_dict())
+    names = DetrPredictor(cfg).metadata.thing_classes
+    assert (names[18], names[12], names[90]) == ("dog", "N/A", "toothbrush")
+    cfg.MODEL.DETR.NUM_CLASSES = 3  # a model of something else
+    write_checkpoint(cfg.MODEL.WEIGHTS, build_model(cfg).state_dict())
+    assert DetrPredictor(cfg).metadata.get("thing_classes") != names
+
+
 def test_empty_weights(cfg):
     with pytest.raises(UserError, match="MODEL.WEIGHTS is empty: name the checkpoint"):
         DetrPredictor(with_weights(cfg, ""))
@@ -162,7 +174,7 @@ def exported(monkeypatch, tmp_path):
     def make(cfg, **description):
         (tmp_path / "model.onnx").write_bytes(b"")
         description = {"input_format": "RGB", "class_names": ["cat", "dog"]} | description
-        (tmp_path / "model.json").write_text(json.dumps(description))
+        (tmp_path / "model.onnx.json").write_text(json.dumps(description))
         return with_weights(cfg, tmp_path / "model.onnx"), recorder
 
     return make
@@ -213,11 +225,13 @@ def test_files_for_other_pixels_or_classes_are_not_evaluated(exported, descripti
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"input_format": 1, "class_names": 2}'])
 def test_descriptions_that_are_none_are_refused(exported, tmp_path, text):
     cfg, _ = exported(get_detr_cfg())
-    (tmp_path / "model.json").write_text(text)
-    with pytest.raises(UserError, match="model.json' does not describe an exported model"):
+    (tmp_path / "model.onnx.json").write_text(text)
+    with pytest.raises(UserError, match="model.onnx.json' does not describe an exported model"):
         DetrPredictor(cfg)
-    (tmp_path / "model.json").unlink()
-    with pytest.raises(UserError, match="model.json' is missing: it says what the pixels, classes"):
+    (tmp_path / "model.onnx.json").unlink()
+    with pytest.raises(
+        UserError, match="model.onnx.json' is missing: it says what the pixels, classes"
+    ):
         DetrPredictor(cfg)
 
 

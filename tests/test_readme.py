@@ -51,8 +51,12 @@ def test_links_into_the_repository_exist(target):
     assert target.startswith("https://") or (ROOT / target).exists()
 
 
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
 def test_python_examples_compile():
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    blocks = python_blocks()
     assert len(blocks) >= 2
     for block in blocks:
         compile(block, "README.md", "exec")

@@ -72,3 +72,10 @@ def test_sizes_are_chosen_as_detectron2_does():
             transform = kind([20, 30, 40, 50], 60, "choice").get_transform(image)
             sizes.append((transform.new_h, transform.new_w))
         assert sizes[0] == sizes[1]
+
+
+def test_narrow_images_keep_their_pixels():
+    """1x1000 at a longer side of at most 90 would be 0 pixels high."""
+    image = np.full((1, 1000, 3), 7, np.uint8)
+    transform = ResizeShortestEdge([70], 90, "choice").get_transform(image)
+    assert transform.apply_image(image).shape == (1, 90, 3)

@@ -42,14 +42,19 @@ def to_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """detectron2's augmentation with `TensorResizeTransform`."""
+    """detectron2's augmentation with `TensorResizeTransform`. However narrow an image is, it has
+    pixels."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)
         if not isinstance(transform, T.ResizeTransform):
             return transform
         return TensorResizeTransform(
-            transform.h, transform.w, transform.new_h, transform.new_w, transform.interp
+            transform.h,
+            transform.w,
+            max(transform.new_h, 1),
+            max(transform.new_w, 1),
+            transform.interp,
         )
 
 

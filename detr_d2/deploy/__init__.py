@@ -1,7 +1,7 @@
 """Deployment: the same detector, faster, or as a file that other runtimes read."""
 
 from .export import export_model
-from .optimize import optimize_for_inference, prepare_for_inference, to_dtype
+from .optimize import load_from_config, optimize_for_inference, prepare_for_inference
 from .runtime import ExportedDetr, check_same, is_exported, load_exported
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "export_model",
     "is_exported",
     "load_exported",
+    "load_from_config",
     "optimize_for_inference",
     "prepare_for_inference",
-    "to_dtype",
 ]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..errors import UserError, require_package
 from ..modeling.meta_arch import Detr
 from .exportable import INPUTS, ExportableDetr
 from .pt2 import save_program
-from .runtime import Run, open_model
+from .runtime import Run, description_of, open_model
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ def export_model(
         described: further plain values for the `.json`.
 
     Raises:
-        UserError: another ending, a package that is missing, a folder that cannot be written to, or
-            detections that differ or are none.
+        UserError: another ending, another number of names, a package that is missing, a folder
+            that cannot be written to, or detections that differ or are none.
     """
     path = Path(path)
     if model.detections_per_image < 1 or not trials:
@@ -60,15 +61,18 @@ def export_model(
             f"TEST.DETECTIONS_PER_IMAGE is {model.detections_per_image} and the number of trials "
             f"{len(trials)}: without a detection '{path}' cannot be compared with PyTorch."
         )
+    number = model.criterion.classification.num_classes
+    if class_names and len(class_names) != number:
+        raise UserError(f"The model has {number} classes, and {len(class_names)} names are given.")
+    if model.panoptic is not None:
+        refuse_few_detections(model, trials[0])
     if path.suffix not in SUFFIXES:
         raise UserError(f"'{path}' must end in one of {', '.join(SUFFIXES)}.")
-    try:  # before the minutes that an export takes
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written: {error}.") from error
     exportable = ExportableDetr(model).cpu()
-    # Only what was compared gets its final name.
-    with tempfile.TemporaryDirectory() as folder:
+    refuse_to_overwrite(path)
+    # Only what was compared gets its final name, in one move: a program may have an earlier file
+    # open. What is opened first comes last.
+    with draft_folder(path) as folder:
         draft = Path(folder) / path.name
         write(exportable, draft)
         scores, pixels, masks = largest_differences(exportable, open_model(draft), trials)
@@ -79,13 +83,55 @@ def export_model(
         if not close:  # NaN neither
             raise UserError(f"'{path}' is not written: its {found}.")
         description = describe(model, class_names, exportable.size_divisibility) | described
-        draft.with_suffix(".json").write_text(json.dumps(description, indent=1))
+        description_of(draft).write_text(json.dumps(description, indent=1))
         try:
-            for file in sorted(Path(folder).iterdir()):
-                shutil.move(file, path.parent / file.name)
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file == draft):
+                os.replace(file, path.parent / file.name)
         except OSError as error:
             raise UserError(f"'{path}' cannot be written: {error}.") from error
     logger.info("Wrote '%s' (%s): %s.", path, SUFFIXES[path.suffix], found)
+
+
+@contextmanager
+def draft_folder(path: Path) -> Iterator[str]:
+    """A folder beside `path` that is gone afterwards.
+
+    Raises:
+        UserError: nothing can be written there; before the minutes that an export takes.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=path.parent)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error}.") from error
+    with folder as name:
+        yield name
+
+
+@torch.no_grad()
+def refuse_few_detections(model: Detr, trial: tuple[int, int, int]) -> None:
+    """
+    Raises:
+        UserError: the file would lack queries whose masks belong to the segments.
+    """
+    image = torch.zeros(len(model.pixel_mean), *trial[1:])
+    queries = model.predict([{"image": image}])[-1].logits.shape[1]
+    if model.detections_per_image < queries:
+        raise UserError(
+            f"TEST.DETECTIONS_PER_IMAGE is {model.detections_per_image}, and segments are merged "
+            f"of {queries} queries: raise it to that, or set MODEL.DETR.PANOPTIC.ENABLED False."
+        )
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """
+    Raises:
+        UserError: a `.xml` would bring a `.bin` in place of one that is no OpenVINO model's, as
+            Hugging Face's weights are called.
+    """
+    beside = path.with_suffix(".bin")
+    if path.suffix == ".xml" and beside.exists() and not path.exists():
+        raise UserError(f"'{path}' would overwrite '{beside}': choose another name.")
 
 
 def describe(
@@ -95,7 +141,11 @@ def describe(
     description = {
         "inputs": f"images (B, {len(model.pixel_mean)}, H, W) float32 in [0, 255], padded below "
         "and right; sizes (B, 2) int64 height and width without padding",
-        "outputs": "boxes (B, D, 4) x1, y1, x2, y2 in pixels; scores (B, D); classes (B, D)",
+        "outputs": "boxes (B, D, 4) x1, y1, x2, y2 in pixels of the image as given, which they "
+        "may leave; scores (B, D), best first, of which low ones are no objects; classes (B, D), "
+        "from 0; no object is there twice, so non-maximum suppression is not needed",
+        "resize": "shorter side to min_size or, where the longer one would exceed max_size, to "
+        "less; rounded; bilinear with anti-aliasing, as Pillow's",
         "input_format": model.input_format,
         "class_names": list(class_names) if class_names else None,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,15 @@ from ..errors import UserError
 from ..modeling.heads import PredictionHead
 from ..modeling.meta_arch import Detr
 from ..modeling.queries import PointQueries, TopKQueries
-from ..processor import has_bfloat16
+from ..processor import has_bfloat16, in_float32
 from . import pack
 from .export import export_model
 from .fold import folded
-from .runtime import ExportedDetr, load_exported
+from .runtime import ExportedDetr, load_exported, to_dtype
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = {"torch": "", "onnxruntime": ".onnx", "openvino": ".xml"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def optimize_for_inference(
@@ -37,9 +35,9 @@ def optimize_for_inference(
 ) -> Detr | ExportedDetr:
     """A copy of a model that computes the same, faster; the model itself stays as it is.
 
-    The copy is made of the weights that the model has now, and takes no others. Batch norms are
-    folded into convolutions. On CPUs weights are packed for oneDNN, activations
-    are computed with the layer before them, and position embeddings of unpadded images are kept.
+    The copy is made of the weights that the model has now; it takes no others and gives none.
+    Batch norms are folded into convolutions. On CPUs weights are packed for oneDNN, activations are
+    computed with the layer before them, and position embeddings of unpadded images are kept.
     Proposals that only training looks at are not made.
 
     Args:
@@ -76,65 +74,55 @@ def optimize_for_inference(
         dtype = torch.float32
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     fast.backbone = folded(fast.backbone, fast.device, len(fast.pixel_mean))
-    fast.load_state_dict = refuse_weights
+    fast.load_state_dict = fast.state_dict = refuse
     queries = fast.transformer.queries
     if isinstance(queries, TopKQueries):
         queries.supervise_all = False
     # In float32 whatever the type: a box in bfloat16 is as coarse as 1/256 of the image.
     heads = [m for m in fast.modules() if isinstance(m, PredictionHead)]
-    points = [m.reference_head for m in fast.modules() if isinstance(m, PointQueries)]
+    points = [m for m in fast.modules() if isinstance(m, PointQueries)]
     if compile:
         fast.backbone = torch.compile(fast.backbone)
         fast.transformer = torch.compile(fast.transformer)
     elif fast.device.type == "cpu" and pack.is_available():
         fast.neck.position = CachedPositionEmbedding(fast.neck.position)
-        for part in heads + points:
+        for part in heads + [m.reference_head for m in points]:
             pack.pack(part, torch.float32)
         pack.pack(fast, dtype)
+        # Packed weights are the processor's own: they can neither be copied nor pickled.
+        fast.__deepcopy__ = fast.__reduce_ex__ = refuse
         return fast
     if dtype != torch.float32:
-        for part in points + [p for head in heads for p in (head.class_head, head.box_head)]:
-            part.forward = _in_float32(part.forward, fast.device.type)
-        for name in ("forward", "predict", "predict_all"):
-            # One each: forward calls predict_all, and what is entered twice is left once.
-            autocast = torch.autocast(fast.device.type, dtype)
-            setattr(fast, name, autocast(getattr(fast, name)))
+        fast.inference_dtype = dtype
+        for head in heads:
+            head.class_head, head.box_head = InFloat32(head.class_head), InFloat32(head.box_head)
+        for part in points:
+            part.reference_head = InFloat32(part.reference_head)
     return fast
 
 
-def refuse_weights(*args: Any, **kwargs: Any) -> None:
-    """In place of an optimised copy's `load_state_dict`.
+def refuse(*args: Any, **kwargs: Any) -> None:
+    """In place of what an optimised copy cannot do.
 
     Raises:
         UserError: always.
     """
     raise UserError(
-        "An optimised copy takes no weights, its own are folded and packed: load them into the "
-        "model and optimise that again, or set MODEL.INFERENCE.BACKEND none."
+        "This is an optimised copy: its weights are folded and packed, it neither takes nor gives "
+        "any. Load, save, copy or export the model it was made from, and optimise that again, or "
+        "set MODEL.INFERENCE.BACKEND none."
     )
 
 
-def _in_float32(
-    function: Callable[[Tensor], Tensor], device_type: str
-) -> Callable[[Tensor], Tensor]:
-    """A function that autocast leaves alone."""
+class InFloat32(nn.Module):
+    """A part that autocast leaves alone."""
 
-    def run(x: Tensor) -> Tensor:
-        with torch.autocast(device_type, enabled=False):
-            return function(x.float())
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.part = part
 
-    return run
-
-
-def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """
-    Raises:
-        UserError: none of `DTYPES`.
-    """
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in DTYPES.values():
-        raise UserError(f"Inference runs in {', '.join(DTYPES)}, not in {dtype}.")
-    return dtype
+    def forward(self, x: Tensor) -> Tensor:
+        return in_float32(self.part, x)
 
 
 def prepare_for_inference(cfg: CfgNode, model: Detr) -> nn.Module:
@@ -153,6 +141,22 @@ def prepare_for_inference(cfg: CfgNode, model: Detr) -> nn.Module:
             )
         return model.eval()
     return optimize_for_inference(model, settings.DTYPE, settings.COMPILE, settings.BACKEND)
+
+
+def load_from_config(cfg: CfgNode) -> ExportedDetr:
+    """The exported model that `MODEL.WEIGHTS` names. Its file says what runs it.
+
+    Raises:
+        UserError: see `load_exported`.
+    """
+    settings, path = cfg.MODEL.INFERENCE, cfg.MODEL.WEIGHTS
+    [backend] = [b for b, suffix in BACKENDS.items() if suffix == Path(path).suffix] or ["torch"]
+    if settings.COMPILE or settings.BACKEND not in ("torch", backend):
+        logger.warning(
+            f"'{path}' runs on {backend}: MODEL.INFERENCE.BACKEND {settings.BACKEND} and COMPILE "
+            f"{settings.COMPILE} change nothing."
+        )
+    return load_exported(path, settings.DTYPE)
 
 
 def exported(model: Detr, dtype: torch.dtype, suffix: str) -> ExportedDetr:

@@ -57,8 +57,12 @@ def save_program(program: Any, path: Path) -> None:
     torch.export.save(program, path)
 
 
-def load_program(path: Path) -> nn.Module:
+def load_program(path: Path) -> tuple[nn.Module, int]:
     """Reads what `save_program` wrote.
+
+    Returns:
+        The function, and what its images' sides must have at least: strided convolutions of maps of
+        one pixel are other programs.
 
     Raises:
         UserError: the file holds something that reading might execute.
@@ -71,7 +75,9 @@ def load_program(path: Path) -> nn.Module:
             "again with this version of detr_d2 and PyTorch, as .pt2 or as .onnx."
         )
     content.seek(0)
-    return torch.export.load(content).module()
+    program = torch.export.load(content)
+    ranges = [int(each.lower) for each in program.range_constraints.values()]
+    return program.module(), max(ranges, default=1)
 
 
 def find_code(content: io.BytesIO) -> str | None:

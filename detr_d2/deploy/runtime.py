@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,17 @@ from ..errors import UserError, require_package
 from ..modeling.meta_arch import Detr
 from ..modeling.panoptic import PanopticMerger
 from ..modeling.segmentation import add_masks, add_panoptic
+from ..processor import has_bfloat16
 from .pt2 import load_program
 
 logger = logging.getLogger(__name__)
 
 # (images (B, 3, H, W), sizes (B, 2)) -> boxes (B, D, 4), scores (B, D), classes (B, D); with masks
-# also queries (B, D), logits (B, D, h, w)
+# also queries (B, D), logits (B, D, h, w). `smallest_side`, where it has one: of H and W.
 Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 # OpenVINO: how often a size of batches comes before it has a network of its own, and how many have.
 SPECIALISE_AFTER, MOST_SPECIALISED = 3, 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ExportedDetr(nn.Module):
@@ -74,7 +77,7 @@ class ExportedDetr(nn.Module):
         # By numpy: PyTorch's threads would still be awake, and in the way of the runtime's own.
         arrays = [x["image"].cpu().numpy() for x in batched_inputs]
         sizes = np.array([array.shape[-2:] for array in arrays], np.int64)
-        images = as_batch(arrays)
+        images = as_batch(arrays, getattr(self.run, "smallest_side", 1))
         outputs = self.run(torch.from_numpy(images), torch.from_numpy(sizes))
         boxes, scores, classes = outputs[:3]
         if self.mask_threshold is None:
@@ -135,15 +138,28 @@ def best_of_queries(scores: Tensor, classes: Tensor, queries: Tensor) -> tuple[T
     return best_scores, best_classes
 
 
-def as_batch(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """(C, H, W) of any size and type -> (B, C, H, W) float32, padded with zeros."""
-    if len(arrays) == 1:  # of float32 it is no copy
+def as_batch(arrays: Sequence[np.ndarray], smallest_side: int = 1) -> np.ndarray:
+    """(C, H, W) of any size and type -> (B, C, H, W) float32, padded with zeros to one size, and to
+    `smallest_side`."""
+    if len(arrays) == 1 and min(arrays[0].shape[-2:]) >= smallest_side:  # of float32 no copy
         return np.ascontiguousarray(arrays[0], np.float32)[None]
-    height, width = np.max([array.shape[-2:] for array in arrays], axis=0)
+    sides = [array.shape[-2:] for array in arrays]
+    height, width = np.max([*sides, (smallest_side, smallest_side)], axis=0)
     batch = np.zeros((len(arrays), len(arrays[0]), height, width), np.float32)
     for padded, array in zip(batch, arrays, strict=True):
         padded[:, : array.shape[1], : array.shape[2]] = array
     return batch
+
+
+def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """
+    Raises:
+        UserError: none of `DTYPES`.
+    """
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES.values():
+        raise UserError(f"Inference runs in {', '.join(DTYPES)}, not in {dtype}.")
+    return dtype
 
 
 def is_exported(path: str) -> bool:
@@ -151,7 +167,7 @@ def is_exported(path: str) -> bool:
     return Path(path).suffix in _OPENERS
 
 
-def load_exported(path: str | Path, dtype: torch.dtype = torch.float32) -> ExportedDetr:
+def load_exported(path: str | Path, dtype: torch.dtype | str = torch.float32) -> ExportedDetr:
     """Opens what `export_model` wrote.
 
     Args:
@@ -161,11 +177,11 @@ def load_exported(path: str | Path, dtype: torch.dtype = torch.float32) -> Expor
         UserError: there is no such file, it or its `.json` cannot be read, or its runtime is not
             installed.
     """
-    path = Path(path)
+    path, dtype = Path(path), to_dtype(dtype)
     if not path.is_file():
         raise UserError(f"There is no exported model at '{path}'.")
     run = open_model(path, dtype)
-    description = path.with_suffix(".json")
+    description = description_of(path)
     if not description.is_file():
         raise UserError(
             f"'{description}' is missing: it says what the pixels, classes and masks of '{path}' "
@@ -191,6 +207,11 @@ def load_exported(path: str | Path, dtype: torch.dtype = torch.float32) -> Expor
         ) from error
 
 
+def description_of(path: Path) -> Path:
+    """The file that says what a model's pixels, classes and masks are."""
+    return path.with_name(f"{path.name}.json")
+
+
 def open_model(path: Path, dtype: torch.dtype = torch.float32) -> Run:
     """The function in a `.pt2`, `.onnx` or `.xml` file, see `load_exported`.
 
@@ -211,12 +232,13 @@ def open_model(path: Path, dtype: torch.dtype = torch.float32) -> Run:
 
 
 def _open_torch(path: Path, dtype: torch.dtype) -> Run:
-    module = load_program(path)
+    module, smallest_side = load_program(path)
 
     def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return tuple(module(images, sizes))
 
+    run.smallest_side = smallest_side
     return run
 
 
@@ -243,7 +265,17 @@ def _open_openvino(path: Path, dtype: torch.dtype) -> Run:
     }
     core = openvino.Core()
     model = core.read_model(str(path))
+    if dtype == torch.bfloat16 and not has_bfloat16("cpu"):
+        logger.warning(
+            "This processor has no fast bfloat16: OpenVINO is slower in it, or ignores it."
+        )
     compiled = core.compile_model(model, "CPU", settings)
+    # An image of a few pixels must not be what a network sees first: with maps of 1x1 OpenVINO
+    # leaves out operators that every later image needs.
+    channels = model.input("images").partial_shape[1].get_length()
+    compiled([np.zeros((1, channels, 64, 64), np.float32), np.full((1, 2), 64)])
+    # A network has one place for its outputs, and a call uses all cores: one at a time.
+    lock = Lock()
     seen: Counter[tuple[int, ...]] = Counter()
     specialised: dict[tuple[int, ...], Any] = {}
 
@@ -258,9 +290,10 @@ def _open_openvino(path: Path, dtype: torch.dtype) -> Run:
         return specialised.get(shape, compiled)
 
     def run(images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        network = compiled_for(tuple(images.shape))
-        outputs = network([images.numpy(), sizes.numpy()]).values()
-        return tuple(torch.from_numpy(np.array(output)) for output in outputs)
+        with lock:
+            network = compiled_for(tuple(images.shape))
+            outputs = network([images.numpy(), sizes.numpy()]).values()
+            return tuple(torch.from_numpy(np.array(output)) for output in outputs)
 
     return run
 

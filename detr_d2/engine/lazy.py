@@ -56,7 +56,7 @@ def train_or_evaluate(args: argparse.Namespace) -> dict | None:
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         evaluated = [cfg.dataloader.evaluator.dataset_name]
-        checkpointer = build_checkpointer(cfg, model, evaluated, LazyConfig.to_py(cfg))
+        checkpointer = build_checkpointer(cfg, model, evaluated, as_text(cfg))
         path = last_checkpoint(checkpointer) if args.resume else cfg.train.init_checkpoint
         if not path:
             raise UserError("train.init_checkpoint is empty: name the checkpoint to evaluate.")
@@ -109,6 +109,14 @@ def setup(args: argparse.Namespace) -> Any:
     return cfg
 
 
+def as_text(cfg: Any) -> str:
+    """As Python; as yaml where it was read from such a file, whose targets are names."""
+    try:
+        return LazyConfig.to_py(cfg)
+    except AttributeError:
+        return OmegaConf.to_yaml(cfg)
+
+
 def parameters_of(call: Any) -> Sequence[str]:
     """Names of what a LazyCall's target takes."""
     target = call._target_
@@ -151,7 +159,7 @@ def train(cfg: Any, model: nn.Module, resume: bool) -> dict | None:
     """
     for part in (cfg.dataloader.test, cfg.dataloader.evaluator):
         instantiate(part)  # what cannot be evaluated is said now, not hours later
-    config = LazyConfig.to_py(cfg)  # before the model itself becomes a part of it
+    config = as_text(cfg)  # before the model itself becomes a part of it
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     trainer = StepTrainer(

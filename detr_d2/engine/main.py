@@ -26,9 +26,8 @@ from ..deploy import (
     check_same,
     export_model,
     is_exported,
-    load_exported,
+    load_from_config,
     prepare_for_inference,
-    to_dtype,
 )
 from ..errors import UserError
 from ..model_zoo import trained_weights
@@ -320,7 +319,10 @@ def evaluate(
         UserError: weights that cannot be used.
     """
     if is_exported(cfg.MODEL.WEIGHTS) and not resume:
-        model: nn.Module = load_exported(cfg.MODEL.WEIGHTS, to_dtype(cfg.MODEL.INFERENCE.DTYPE))
+        model: nn.Module = load_from_config(cfg)
+        for key, size in (("MIN_SIZE_TEST", model.min_size), ("MAX_SIZE_TEST", model.max_size)):
+            if size and size != cfg.INPUT[key]:
+                logger.warning(f"INPUT.{key} is {cfg.INPUT[key]}; the model is made for {size}.")
         check_same(model, cfg.MODEL.WEIGHTS, cfg.INPUT.FORMAT, classes_of(cfg.DATASETS.TEST))
         if cfg.MODEL.MASK_ON and model.mask_threshold is None:
             raise UserError(f"'{cfg.MODEL.WEIGHTS}' has no masks: set MODEL.MASK_ON False.")

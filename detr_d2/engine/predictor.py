@@ -13,10 +13,11 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from ..checkpoint import load_weights, read_checkpoint
+from ..checkpoint.class_rows import names_of_rows
 from ..data import classes_of
 from ..data.classes import compare_num_classes, dataset_names
 from ..data.dataset_mapper import build_augmentation
-from ..deploy import ExportedDetr, is_exported, load_exported, prepare_for_inference, to_dtype
+from ..deploy import ExportedDetr, is_exported, load_from_config, prepare_for_inference
 from ..errors import UserError
 from ..processor import set_float32_precision, usable_device
 
@@ -53,14 +54,11 @@ class DetrPredictor(DefaultPredictor):
         names = [n for n in dataset_names(cfg, "TEST", "TRAIN") if n in DatasetCatalog][:1]
         self.metadata = MetadataCatalog.get(names[0]) if names else Metadata()
         if is_exported(cfg.MODEL.WEIGHTS):
-            self.model = load_exported(cfg.MODEL.WEIGHTS, to_dtype(cfg.MODEL.INFERENCE.DTYPE))
+            self.model = load_from_config(cfg)
             self._follow(self.model)
             classes = self.model.class_names
         else:
-            # The data itself comes last: it may be large, or not on this machine.
-            classes = self.metadata.get("thing_classes")
-            classes = classes or read_checkpoint(cfg.MODEL.WEIGHTS).get("class_names")
-            classes = classes or classes_of(names)
+            classes = self._class_names(names)
             self.model = self._load(classes)
         if classes and list(self.metadata.get("thing_classes", ())) != list(classes):
             self.metadata = Metadata()
@@ -92,6 +90,20 @@ class DetrPredictor(DefaultPredictor):
         for key, size in (("MIN_SIZE_TEST", model.min_size), ("MAX_SIZE_TEST", model.max_size)):
             if size and settings[key] == defaults[key]:
                 settings[key] = size
+
+    def _class_names(self, dataset_names: Sequence[str]) -> list[str] | None:
+        """Of the data set or else of the checkpoint, as many as the model has classes. The data
+        itself comes last: it may be large, or not on this machine."""
+        number = self.cfg.MODEL.DETR.NUM_CLASSES
+        for names in (
+            self.metadata.get("thing_classes"),
+            read_checkpoint(self.cfg.MODEL.WEIGHTS).get("class_names"),
+        ):
+            # COCO's 80 names are spread over heads with a row for each category id.
+            rows = names_of_rows(names, number) if names and number else names
+            if rows:
+                return [name or "N/A" for name in rows]
+        return None if number else classes_of(dataset_names)
 
     def _load(self, classes: Sequence[str] | None) -> nn.Module:
         cfg = self.cfg

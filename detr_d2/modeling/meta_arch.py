@@ -6,6 +6,7 @@ Shapes: B images, C channels of an image, H and W in pixels, Q queries, K logits
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..box_ops import xyxy_to_cxcywh
 from ..errors import UserError
+from ..processor import autocast
 from ..structures import LayerOutput, Memory, Predictions, Target
 from .from_config import build_parts
 from .frozen_norm import fold_frozen_norms
@@ -33,6 +35,9 @@ class Detr(nn.Module):
 
     A variant is another choice of parts, see `detr_d2.modeling.build`; this class stays.
     """
+
+    # Of everything but heads and coordinates, set by `optimize_for_inference` alone.
+    inference_dtype: torch.dtype | None = None
 
     @configurable
     def __init__(
@@ -183,15 +188,23 @@ class Detr(nn.Module):
             targets: for denoising queries, in training.
             last_only: nothing but the last layer's predictions is needed.
         """
+        dtype, device = self.inference_dtype, self.device.type
+        with nullcontext() if dtype is None else autocast(device, dtype):
+            return self._predict_all(batched_inputs, targets, last_only)
+
+    def _predict_all(
+        self,
+        batched_inputs: Sequence[dict[str, Any]],
+        targets: Sequence[Target] | None,
+        last_only: bool,
+    ) -> Predictions:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_detector):
             memory, features, pixels = self._encode(batched_inputs)
             predictions = self.transformer(memory, targets, last_only=last_only)
         predictions.padded_size = tuple(pixels.shape[-2:])
         if self.mask_head is not None:
             device = pixels.device.type
-            autocast = (
-                torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            )
+            is_mixed = torch.is_autocast_enabled(device)
             source = MaskSource(
                 predictions.memory,
                 memory.tokens,
@@ -199,7 +212,7 @@ class Detr(nn.Module):
                 pixels,
                 predictions.content,
                 predictions.layers[-1].boxes,
-                autocast,
+                torch.get_autocast_dtype(device) if is_mixed else None,
             )
             predictions.masks = partial(self.mask_head, source)
         return predictions
