@@ -112,8 +112,8 @@ def test_tiny_and_narrow_images(tmp_path, suffix):
         inputs = random_inputs([size])
         ours, theirs = exported(inputs)[0]["instances"], model(inputs)[0]["instances"]
         number = len(theirs)  # a map of one token has one proposal
-        # Sides that a .pt2 file cannot take are padded, which is what a few pixels see of the world.
-        tolerance = 1e-4 if suffix == ".xml" or min(size) > 16 else 2e-2
+        # Sides that a .pt2 file cannot take are padded, which convolutions of a few pixels see.
+        tolerance = 1e-4 if suffix == ".xml" or min(size) > 16 else 5e-2
         assert (ours.scores[:number] - theirs.scores).abs().max() < tolerance
         distance = torch.cdist(theirs.pred_boxes.tensor, ours.pred_boxes.tensor)
         assert distance.min(1).values.max() < 100 * tolerance + 0.1
