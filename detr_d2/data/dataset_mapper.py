@@ -206,8 +206,7 @@ class DetrDatasetMapper:
         check_size(dataset_dict, image)
 
         augmented = T.AugInput(image)
-        # Other loaders than this package's tell none: a size for each image, as in detectron2.
-        augmented.batch_seed = dataset_dict.get("batch_seed", np.random.randint(2**31))
+        augmented.batch_seed = dataset_dict.get("batch_seed")
         try:
             transforms = self.augmentations(augmented)
         except (ValueError, AssertionError) as error:

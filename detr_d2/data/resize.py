@@ -59,9 +59,12 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 
 
 class ResizeShortestEdgePerBatch(T.ResizeShortestEdge):
-    """The same shorter side for all images of a batch, in all processes: less padding."""
+    """The same shorter side for all images of a batch, in all processes: less padding. Without a
+    seed, from loaders of other kinds than this package's, one for each image."""
 
-    def get_transform(self, image: np.ndarray, batch_seed: int) -> T.Transform:
+    def get_transform(self, image: np.ndarray, batch_seed: int | None) -> T.Transform:
+        if batch_seed is None:
+            batch_seed = np.random.randint(2**31)
         generator = np.random.default_rng(batch_seed)
         sizes = self.short_edge_length
         if self.is_range:
