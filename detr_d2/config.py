@@ -59,8 +59,8 @@ def _add_model_keys(cfg: CfgNode) -> None:
     detr.MASK_STRIDE = 4
     # Width of the mask head. 0: HIDDEN_DIM, as in the original.
     detr.MASK_DIM = 0
-    # Of the mask head's initial weights of attention maps. 1: the original's, 100: for trainings of
-    # minutes.
+    # Factor of the mask head's initial weights for attention maps. 1: the original's; 100: for
+    # trainings of minutes.
     detr.MASK_ATTENTION_GAIN = 1.0
     # One segment for every pixel. Queries with a lower score are left out, and segments of no more
     # pixels than MIN_AREA.
@@ -230,7 +230,9 @@ def _add_solver_keys(cfg: CfgNode) -> None:
     # bfloat16.
     cfg.SOLVER.AMP.DTYPE = "auto"
     # Length of the training in epochs instead of SOLVER.MAX_ITER, and where the learning rate
-    # drops instead of SOLVER.STEPS. None and []: iterations count.
+    # drops instead of SOLVER.STEPS. None and []: iterations count. The command line comes before
+    # the file. Else a MAX_ITER that is not detectron2's default is refused beside EPOCHS, and such
+    # a period (CHECKPOINT_PERIOD, EVAL_PERIOD) comes before epochs.
     cfg.SOLVER.EPOCHS = None
     cfg.SOLVER.STEP_EPOCHS = []
     # A checkpoint every so many epochs instead of SOLVER.CHECKPOINT_PERIOD iterations, and how many

@@ -14,6 +14,7 @@ from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from PIL import Image
 
+from .checkpoint.write import write_atomically
 from .data.image import UnreadableImageError
 from .errors import UserError
 from .visualize import draw_predictions
@@ -73,13 +74,16 @@ def predict_files(
     """
     found: list[dict[str, Any]] = []
     try:
+        is_whole = False
         try:
             for name, file in files.items():
                 found += _predict_file(predictor, name, file, output)
+            is_whole = True
         finally:  # what was found before an interruption is not lost
-            os.makedirs(output, exist_ok=True)
-            with open(os.path.join(output, "detections.json"), "w") as stream:
-                json.dump(found, stream)
+            if found or is_whole:
+                os.makedirs(output, exist_ok=True)
+                path = os.path.join(output, "detections.json")
+                write_atomically(path, lambda stream: stream.write(json.dumps(found).encode()))
     except UserError:
         raise
     except OSError as error:

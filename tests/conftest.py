@@ -1,7 +1,9 @@
 """What every test leaves as it was, and the data that several train on."""
 
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,10 @@ def loggers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """The same random numbers for a test alone as after others."""
+    """Random numbers of a test do not depend on the tests before it (but for what fixtures of a
+    module make)."""
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
 
 

@@ -83,13 +83,14 @@ def test_a_resumed_training_has_to_be_better_than_before(rectangles, tmp_path, l
 
 def test_detectron2s_hook_of_the_same_name_keeps_its_file(rectangles, tmp_path, caplog):
     """It makes the best checkpoint the one to resume from, for which it needs all of it."""
-    trainer = make_trainer(rectangles, tmp_path, [10, 20, 30, 40])
+    options = ("SOLVER.CHECKPOINT_PERIOD", 100)
+    trainer = make_trainer(rectangles, tmp_path, [10, 20, 30, 9], *options)
     theirs = hooks.BestCheckpointer(1, trainer.checkpointer, "bbox/AP", mode="min")
     trainer.register_hooks([theirs])
     trainer.train()
     checkpoint = torch.load(tmp_path / "model_best.pth")
-    assert "optimizer" in checkpoint and checkpoint["iteration"] == 0
-    assert "Another hook writes model_best.pth" in caplog.text
+    assert "optimizer" in checkpoint
+    assert "Another hook writes model_best.pth, which is left to it" in caplog.text
 
 
 def test_a_new_training_in_the_folder_starts_anew(rectangles, tmp_path):

@@ -163,6 +163,7 @@ def test_a_copy_of_an_unpacked_one_is_on_its_own(monkeypatch):
     assert torch.equal(fast.predict(inputs)[-1].logits, before.logits)
 
 
+@torch.no_grad()
 def test_slow_bfloat16_is_float32(monkeypatch, caplog):
     monkeypatch.setattr(optimize, "has_bfloat16", lambda device: False)
     model, inputs = make_model("detr_tiny"), random_inputs([(64, 96)])

@@ -51,6 +51,12 @@ def test_links_into_the_repository_exist(target):
     assert target.startswith("https://") or (ROOT / target).exists()
 
 
+def test_commands_in_sentences_are_on_one_line():
+    """What is copied from the file runs as it is."""
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    assert [line for line in text.splitlines() if line.count("`") % 2] == []
+
+
 def python_blocks():
     return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 

@@ -63,7 +63,7 @@ def test_periods_in_iterations_come_before_epochs():
 def test_a_length_in_both_is_refused():
     """As where a script sets MAX_ITER of a config whose file counts epochs."""
     cfg = make_cfg("SOLVER.EPOCHS", 500, "SOLVER.MAX_ITER", 300)
-    with pytest.raises(UserError, match=r"SOLVER.EPOCHS 500 and SOLVER.MAX_ITER 300: set .*40000"):
+    with pytest.raises(UserError, match="SOLVER.EPOCHS 500 and SOLVER.MAX_ITER 300: to count"):
         prefer_periods(cfg)
     assert prefer_periods(make_cfg("SOLVER.MAX_ITER", 300)).SOLVER.MAX_ITER == 300
 

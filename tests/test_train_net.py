@@ -30,7 +30,7 @@ from detr_d2.engine.main import (
     train_or_evaluate,
     warn_about_output,
 )
-from detr_d2.engine.schedule import prefer_periods
+from detr_d2.engine.schedule import prefer_periods, resolve_epochs
 from detr_d2.errors import UserError
 from detr_d2.modeling.meta_arch import Detr
 from detr_d2.processor import set_float32_precision
@@ -501,10 +501,34 @@ def test_epochs_on_the_command_line_come_before_iterations_of_the_file(caplog, m
     tiny = str(ROOT / "configs" / "DigitScenes" / "detr_tiny.yaml")
     cfg = prefer_periods(load_config(tiny, ["SOLVER.EPOCHS", "30"]))
     assert (cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER) == (30, 40000)
-    assert "SOLVER.STEPS (13500,) with them" in caplog.text
+    assert "SOLVER.STEPS (13500,) of the file is not used" in caplog.text
     caplog.clear()
     load_config(tiny, ["SOLVER.EPOCHS", "30", "SOLVER.STEP_EPOCHS", "[20]"])
+    load_config(str(ROOT / "configs" / "Base-DETR.yaml"), ["SOLVER.EPOCHS", "12"])
     assert "SOLVER" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "expected"),
+    [
+        ("tiny", "SOLVER.EPOCHS None TEST.EVAL_EPOCHS None", (16000, None, 2000, None)),
+        ("tiny", "TEST.EVAL_EPOCHS None TEST.EVAL_PERIOD 50", (16000, None, 50, None)),
+        ("base", "SOLVER.EPOCHS None TEST.EVAL_EPOCHS None", (40000, None, 0, None)),
+        ("both", "SOLVER.EPOCHS None SOLVER.STEP_EPOCHS []", (600, None, 0, 10)),
+        ("both", "SOLVER.EPOCHS 7 SOLVER.STEP_EPOCHS [5]", (40000, 7, 0, 10)),
+        ("both", "SOLVER.MAX_ITER 9", (9, None, 0, 10)),
+    ],
+)
+def test_none_leaves_what_the_file_says(config, overrides, expected, tmp_path):
+    base = ROOT / "configs" / "Base-DETR.yaml"
+    both = tmp_path / "both.yaml"
+    both.write_text(f"_BASE_: {base}\nSOLVER:\n  MAX_ITER: 600\n")
+    tiny = ROOT / "configs" / "DigitScenes" / "detr_tiny.yaml"
+    file = {"tiny": tiny, "base": base, "both": both}[config]
+    cfg = prefer_periods(load_config(str(file), overrides.split()))
+    found = cfg.SOLVER.MAX_ITER, cfg.SOLVER.EPOCHS, cfg.TEST.EVAL_PERIOD, cfg.TEST.EVAL_EPOCHS
+    assert found == expected
+    assert resolve_epochs(cfg, num_images=640).SOLVER.EPOCHS is None
 
 
 def test_keys_of_other_models_are_named(caplog, monkeypatch, tmp_path):

@@ -6,9 +6,7 @@
         MODEL.WEIGHTS output/model_final.pth
 """
 
-from detectron2.data import DatasetCatalog
-
-from detr_d2.data import classes_of
+from detr_d2.data import classes_of, load_dataset
 from detr_d2.engine import DetrPredictor
 from detr_d2.engine.launch import argument_parser, run
 from detr_d2.engine.main import load_config, prefer_trained_weights, register_datasets
@@ -26,7 +24,7 @@ def main(args):
         raise UserError("DATASETS.TEST is empty: name the data set to draw.")
     name = cfg.DATASETS.TEST[0]
     classes_of([name])  # refuses a name that is not registered
-    dataset_dicts = DatasetCatalog.get(name)[: args.num_images]
+    dataset_dicts = load_dataset(name)[: args.num_images]
     count = draw_comparison(DetrPredictor(cfg), dataset_dicts, name, args.output, args.threshold)
     print(
         f"{count} detections with scores of at least {args.threshold} (left) beside ground truth "

@@ -5,6 +5,7 @@ from .digit_scenes import register_digit_scenes
 from .register import (
     check_same_classes,
     classes_of,
+    load_dataset,
     parse_register_argument,
     register_coco_dataset,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "check_annotations",
     "check_same_classes",
     "classes_of",
+    "load_dataset",
     "parse_register_argument",
     "register_coco_dataset",
     "register_digit_panoptic",

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import (
-    DatasetCatalog,
     DatasetFromList,
     build_detection_test_loader,
     get_detection_dataset_dicts,
@@ -35,7 +34,7 @@ from .annotations import (
 )
 from .classes import resolve_num_classes
 from .dataset_mapper import DetrDatasetMapper
-from .register import explaining_missing_files
+from .register import load_dataset, missing_file
 from .segments import check_segment_classes, listed_objects
 
 logger = logging.getLogger(__name__)
@@ -210,8 +209,10 @@ def build_test_dicts(names: str | Sequence[str]) -> list[dict]:
             evaluation of a perfect model would say 0.
     """
     names = [names] if isinstance(names, str) else list(names)
-    with explaining_missing_files():
+    try:
         dataset = get_detection_dataset_dicts(names, filter_empty=False)
+    except FileNotFoundError as error:
+        raise missing_file(error) from error
     if dataset and all(d.get("annotations") == [] for d in dataset):
         logger.warning(f"The data set {', '.join(names)} has no object: it gives no AP.")
     refuse_xyxy_given_as_xywh(dataset, ", ".join(names))
@@ -256,10 +257,8 @@ def build_training_dicts(
     names = [names] if isinstance(names, str) else names
     dataset_dicts = []
     for name in names:
-        with explaining_missing_files():
-            loaded = DatasetCatalog.get(name)
         dataset_dicts += check_annotations(
-            loaded, faulty_annotations, name, num_classes=num_classes, masks=masks
+            load_dataset(name), faulty_annotations, name, num_classes=num_classes, masks=masks
         )
     check_segment_classes(dataset_dicts, num_classes)
     if filter_empty:

@@ -12,8 +12,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -163,20 +162,24 @@ def load_coco_dataset(json_file: str, image_dir: str) -> list[dict]:
     return list(images.values())
 
 
-@contextmanager
-def explaining_missing_files() -> Iterator[None]:
-    """
+def load_dataset(name: str) -> list[dict]:
+    """The dictionaries of a registered data set.
+
     Raises:
-        DatasetError: a file of the data set that is loaded inside does not exist.
+        DatasetError: one of its files does not exist.
     """
     try:
-        yield
+        return DatasetCatalog.get(name)
     except FileNotFoundError as error:
-        raise DatasetError(
-            f"{error} (detectron2's own data sets lie below the folder that the environment "
-            "variable DETECTRON2_DATASETS names, by default datasets; others are given with "
-            "--register)"
-        ) from error
+        raise missing_file(error) from error
+
+
+def missing_file(error: FileNotFoundError) -> DatasetError:
+    """The same, of a data set's file, and what to do."""
+    return DatasetError(
+        f"{error} (detectron2's own data sets lie below the folder that the environment variable "
+        "DETECTRON2_DATASETS names, by default datasets; others are given with --register)"
+    )
 
 
 def classes_of(dataset_names: Sequence[str]) -> list[str] | None:
@@ -192,8 +195,7 @@ def classes_of(dataset_names: Sequence[str]) -> list[str] | None:
                 f"--register {name}=annotations.json:image_dir, or name another in DATASETS."
             )
         if not hasattr(MetadataCatalog.get(name), "thing_classes"):
-            with explaining_missing_files():  # many learn their classes only when they are loaded
-                DatasetCatalog.get(name)
+            load_dataset(name)  # many data sets learn their classes only when they are loaded
     check_same_classes(dataset_names)
     if not dataset_names:
         return None

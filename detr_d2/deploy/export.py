@@ -1,7 +1,8 @@
 """A detector as a file that other runtimes read: `torch.export`, ONNX, OpenVINO.
 
 Number of images, height and width are free in every format; the inputs and outputs are those of
-`ExportableDetr`. Beside the file lies a `.json` that says what its pixels and classes are.
+`ExportableDetr`. Beside the file lies another, its name with `.json` added, that says what its
+pixels and classes are.
 """
 
 from __future__ import annotations
@@ -63,13 +64,16 @@ def export_model(
         )
     number = model.criterion.classification.num_classes
     if class_names and len(class_names) != number:
-        raise UserError(f"The model has {number} classes, and {len(class_names)} names are given.")
-    if model.panoptic is not None:
-        refuse_few_detections(model, trials[0])
+        raise UserError(
+            f"The model has {number} classes, and {len(class_names)} names are given: name the "
+            "data set that it was trained on in DATASETS.TEST."
+        )
     if path.suffix not in SUFFIXES:
         raise UserError(f"'{path}' must end in one of {', '.join(SUFFIXES)}.")
-    exportable = ExportableDetr(model).cpu()
     refuse_to_overwrite(path)
+    exportable = ExportableDetr(model).cpu()
+    if model.panoptic is not None:
+        refuse_few_detections(exportable, trials[0])
     # Only what was compared gets its final name, in one move: a program may have an earlier file
     # open. What is opened first comes last.
     with draft_folder(path) as folder:
@@ -85,7 +89,9 @@ def export_model(
         description = describe(model, class_names, exportable.size_divisibility) | described
         description_of(draft).write_text(json.dumps(description, indent=1))
         try:
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file == draft):
+            for file in sorted(
+                Path(folder).iterdir(), key=lambda f: (f == draft, f.suffix == ".bin")
+            ):
                 os.replace(file, path.parent / file.name)
         except OSError as error:
             raise UserError(f"'{path}' cannot be written: {error}.") from error
@@ -101,7 +107,7 @@ def draft_folder(path: Path) -> Iterator[str]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=path.parent)
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
         raise UserError(f"'{path}' cannot be written: {error}.") from error
     with folder as name:
@@ -109,17 +115,19 @@ def draft_folder(path: Path) -> Iterator[str]:
 
 
 @torch.no_grad()
-def refuse_few_detections(model: Detr, trial: tuple[int, int, int]) -> None:
+def refuse_few_detections(exportable: ExportableDetr, trial: tuple[int, int, int]) -> None:
     """
     Raises:
-        UserError: the file would lack queries whose masks belong to the segments.
+        UserError: the file may lack queries whose masks belong to the segments.
     """
-    image = torch.zeros(len(model.pixel_mean), *trial[1:])
-    queries = model.predict([{"image": image}])[-1].logits.shape[1]
-    if model.detections_per_image < queries:
+    _, height, width = trial
+    images = torch.zeros(1, len(exportable.pixel_mean), height, width)
+    queries = exportable.num_queries(images)
+    if exportable.detections_per_image < queries:
         raise UserError(
-            f"TEST.DETECTIONS_PER_IMAGE is {model.detections_per_image}, and segments are merged "
-            f"of {queries} queries: raise it to that, or set MODEL.DETR.PANOPTIC.ENABLED False."
+            f"TEST.DETECTIONS_PER_IMAGE is {exportable.detections_per_image}, and segments are "
+            f"merged of {queries} queries: raise it to that, or set MODEL.DETR.PANOPTIC.ENABLED "
+            "False."
         )
 
 
@@ -130,7 +138,8 @@ def refuse_to_overwrite(path: Path) -> None:
             Hugging Face's weights are called.
     """
     beside = path.with_suffix(".bin")
-    if path.suffix == ".xml" and beside.exists() and not path.exists():
+    is_ours = path.exists() or description_of(path).exists()
+    if path.suffix == ".xml" and beside.exists() and not is_ours:
         raise UserError(f"'{path}' would overwrite '{beside}': choose another name.")
 
 

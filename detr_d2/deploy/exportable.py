@@ -92,6 +92,11 @@ class ExportableDetr(nn.Module):
         _, logits, boxes = self._predict(images, sizes)
         return self._select(logits, boxes, sizes, limit)[:3]
 
+    def num_queries(self, images: Tensor) -> int:
+        """Of images (B, C, H, W) without padding: small ones may have fewer."""
+        sizes = torch.tensor([images.shape[2:]]).expand(len(images), 2)
+        return self._predict(images, sizes)[1].shape[1]
+
     def _predict(self, images: Tensor, sizes: Tensor) -> tuple[MaskSource, Tensor, Tensor]:
         """What masks are made from; logits (B, Q, K) and boxes (B, Q, 4) of the last layer."""
         divisor = self.size_divisibility

@@ -185,7 +185,7 @@ def load_exported(path: str | Path, dtype: torch.dtype | str = torch.float32) ->
     if not description.is_file():
         raise UserError(
             f"'{description}' is missing: it says what the pixels, classes and masks of '{path}' "
-            "are, so copy it, too."
+            "are, so copy it, too, or export the model again."
         )
     try:
         described = json.loads(description.read_text())
@@ -270,10 +270,10 @@ def _open_openvino(path: Path, dtype: torch.dtype) -> Run:
             "This processor has no fast bfloat16: OpenVINO is slower in it, or ignores it."
         )
     compiled = core.compile_model(model, "CPU", settings)
-    # An image of a few pixels must not be what a network sees first: with maps of 1x1 OpenVINO
-    # leaves out operators that every later image needs.
+    # An image of a few pixels must not be what a network sees first: with maps of 1x1, or fewer
+    # tokens than queries, OpenVINO leaves out operators that every later image needs.
     channels = model.input("images").partial_shape[1].get_length()
-    compiled([np.zeros((1, channels, 64, 64), np.float32), np.full((1, 2), 64)])
+    compiled([np.zeros((1, channels, 512, 512), np.float32), np.full((1, 2), 512)])
     # A network has one place for its outputs, and a call uses all cores: one at a time.
     lock = Lock()
     seen: Counter[tuple[int, ...]] = Counter()

@@ -51,7 +51,6 @@ class BestCheckpointer(HookBase):
         self.file = os.path.join(checkpointer.save_dir, f"{BEST}.json")
         self.best = float("-inf")
         self.seen_iteration = -1
-        self.written: tuple[int, int] | None = None
 
     def before_train(self) -> None:
         """A resumed training has to be better than what there was before it stopped."""
@@ -71,21 +70,21 @@ class BestCheckpointer(HookBase):
         if is_whole and self.seen_iteration < 0 and self.checkpointer.save_to_disk:
             logger.warning(f"No evaluation gave a {self.metric} to choose {BEST}.pth by.")
 
-    def is_written_by_another(self) -> bool:
-        """detectron2's hook gives its file the same name, and makes it the one to resume from."""
-        if self.written is None or self.written == self.stamp():
+    def is_resumed_from(self) -> bool:
+        """Whether the file is another hook's: detectron2's has the same name, and makes it the one
+        to resume from, which weights alone could not be."""
+        checkpointer = self.checkpointer
+        if not checkpointer.has_checkpoint():
+            return False
+        if os.path.basename(checkpointer.get_checkpoint_file()) != f"{BEST}.pth":
             return False
         log_first_n(
             logging.WARNING,
-            f"Another hook writes {BEST}.pth: it is left to that one. TEST.BEST_METRIC '' says so.",
+            f"Another hook writes {BEST}.pth, which is left to it: set TEST.BEST_METRIC '' to have "
+            "that one only.",
             name=logger.name,
         )
         return True
-
-    def stamp(self) -> tuple[int, int]:
-        """Tells one version of the file from another."""
-        known = os.stat(os.path.join(self.checkpointer.save_dir, f"{BEST}.pth"))
-        return known.st_ino, known.st_mtime_ns
 
     def keep_if_better(self) -> None:
         """Where there was an evaluation since the last call, and no better one before."""
@@ -95,12 +94,11 @@ class BestCheckpointer(HookBase):
         self.seen_iteration = iteration
         if not value > self.best:  # also NaN
             return
-        if self.is_written_by_another():
+        if self.is_resumed_from():
             return
         self.best = value
         logger.info(f"The best {self.metric} so far, {value:.2f}, is kept as {BEST}.pth.")
         self.checkpointer.save_weights(BEST)
         known = {"metric": self.metric, "value": value, "iteration": iteration}
         if self.checkpointer.save_to_disk:
-            self.written = self.stamp()
             write_atomically(self.file, lambda s: s.write(json.dumps(known).encode()))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
@@ -35,6 +35,7 @@ from ..modeling.meta_arch import Detr
 from ..processor import set_float32_precision, usable_device
 from .launch import one_line
 from .predictor import DetrPredictor
+from .schedule import prefer_command_line
 from .trainer import DetrTrainer, build_checkpointer
 
 logger = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
     check_names(cfg)
     warn_of_unread_keys(cfg)
-    prefer_iterations(cfg, overrides[::2])
+    prefer_command_line(cfg, overrides[::2])
     return cfg
 
 
@@ -234,45 +235,6 @@ def changed_keys(cfg: CfgNode, default: CfgNode, prefix: str = "") -> Iterator[s
             yield f"{prefix}{name}"
 
 
-def prefer_iterations(cfg: CfgNode, overridden: Sequence[str]) -> None:
-    """Iterations given on the command line come before epochs from the file.
-
-    Raises:
-        UserError: the length is in epochs, and the drops of the learning rate in iterations.
-    """
-    in_iterations = "SOLVER.MAX_ITER" in overridden and "SOLVER.EPOCHS" not in overridden
-    if in_iterations and cfg.SOLVER.EPOCHS:
-        if "SOLVER.STEPS" not in overridden:
-            cfg.SOLVER.STEPS = ()  # detectron2's default is of its own schedule
-            if cfg.SOLVER.STEP_EPOCHS:
-                logger.warning(
-                    "SOLVER.MAX_ITER replaces epochs, and SOLVER.STEP_EPOCHS "
-                    f"{list(cfg.SOLVER.STEP_EPOCHS)} with them: the learning rate does not drop "
-                    "unless SOLVER.STEPS says when."
-                )
-        cfg.SOLVER.EPOCHS, cfg.SOLVER.STEP_EPOCHS = None, []
-    if "SOLVER.EPOCHS" in overridden and "SOLVER.MAX_ITER" not in overridden:
-        cfg.SOLVER.MAX_ITER = get_cfg().SOLVER.MAX_ITER
-        if cfg.SOLVER.STEPS and not cfg.SOLVER.STEP_EPOCHS and "SOLVER.STEPS" not in overridden:
-            logger.warning(
-                f"SOLVER.EPOCHS replaces iterations, and SOLVER.STEPS {cfg.SOLVER.STEPS} with "
-                "them: the learning rate does not drop unless SOLVER.STEP_EPOCHS says when."
-            )
-    if "SOLVER.CHECKPOINT_EPOCHS" in overridden:
-        cfg.SOLVER.CHECKPOINT_PERIOD = get_cfg().SOLVER.CHECKPOINT_PERIOD
-    elif "SOLVER.CHECKPOINT_PERIOD" in overridden:
-        cfg.SOLVER.CHECKPOINT_EPOCHS = None
-    if "TEST.EVAL_EPOCHS" in overridden:
-        cfg.TEST.EVAL_PERIOD = get_cfg().TEST.EVAL_PERIOD
-    elif "TEST.EVAL_PERIOD" in overridden:
-        cfg.TEST.EVAL_EPOCHS = None
-    if "SOLVER.STEPS" in overridden and cfg.SOLVER.EPOCHS:
-        raise UserError(
-            f"SOLVER.STEPS counts iterations, but SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS}: give "
-            "SOLVER.STEP_EPOCHS, or SOLVER.MAX_ITER as well."
-        )
-
-
 def check_names(cfg: CfgNode) -> None:
     """
     Raises:
@@ -280,8 +242,8 @@ def check_names(cfg: CfgNode) -> None:
             that shows GPUs.
     """
     name = cfg.MODEL.META_ARCHITECTURE
-    is_detr = name in META_ARCH_REGISTRY and issubclass(META_ARCH_REGISTRY.get(name), Detr)
-    if not is_detr:
+    found = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    if not (isinstance(found, type) and issubclass(found, Detr)):
         raise UserError(
             f"MODEL.META_ARCHITECTURE is {name!r}, this script trains 'Detr' and what is derived "
             "from it: give --config-file one of the files in configs/, or one based on them."

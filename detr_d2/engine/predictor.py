@@ -16,6 +16,7 @@ from ..checkpoint import load_weights, read_checkpoint
 from ..checkpoint.class_rows import names_of_rows
 from ..data import classes_of
 from ..data.classes import compare_num_classes, dataset_names
+from ..data.coco_json import DatasetError
 from ..data.dataset_mapper import build_augmentation
 from ..deploy import ExportedDetr, is_exported, load_from_config, prepare_for_inference
 from ..errors import UserError
@@ -56,13 +57,14 @@ class DetrPredictor(DefaultPredictor):
         if is_exported(cfg.MODEL.WEIGHTS):
             self.model = load_from_config(cfg)
             self._follow(self.model)
-            classes = self.model.class_names
+            classes = self.model.class_names or self.metadata.get("thing_classes")
         else:
             classes = self._class_names(names)
             self.model = self._load(classes)
-        if classes and list(self.metadata.get("thing_classes", ())) != list(classes):
+        if list(self.metadata.get("thing_classes", ())) != list(classes or ()):
             self.metadata = Metadata()
-            self.metadata.thing_classes = list(classes)
+            if classes:
+                self.metadata.thing_classes = list(classes)
         settings = self.cfg.INPUT
         [self.aug] = build_augmentation(
             False, min_size=settings.MIN_SIZE_TEST, max_size=settings.MAX_SIZE_TEST
@@ -93,17 +95,24 @@ class DetrPredictor(DefaultPredictor):
 
     def _class_names(self, dataset_names: Sequence[str]) -> list[str] | None:
         """Of the data set or else of the checkpoint, as many as the model has classes. The data
-        itself comes last: it may be large, or not on this machine."""
+        itself comes last: it may be large, or not on this machine.
+
+        Raises:
+            UserError: it is not, and nothing else tells the number of classes.
+        """
         number = self.cfg.MODEL.DETR.NUM_CLASSES
-        for names in (
-            self.metadata.get("thing_classes"),
-            read_checkpoint(self.cfg.MODEL.WEIGHTS).get("class_names"),
-        ):
-            # COCO's 80 names are spread over heads with a row for each category id.
-            rows = names_of_rows(names, number) if names and number else names
-            if rows:
-                return [name or "N/A" for name in rows]
-        return None if number else classes_of(dataset_names)
+        names = fitting_names(self.metadata.get("thing_classes"), number)
+        if not names:
+            told = read_checkpoint(self.cfg.MODEL.WEIGHTS).get("class_names")
+            names = fitting_names(told, number)
+        if names or "thing_classes" in self.metadata.as_dict():
+            return names
+        try:
+            return fitting_names(classes_of(dataset_names), number)
+        except DatasetError:
+            if not number:
+                raise
+            return None
 
     def _load(self, classes: Sequence[str] | None) -> nn.Module:
         cfg = self.cfg
@@ -114,6 +123,13 @@ class DetrPredictor(DefaultPredictor):
         report, _ = load_weights(model, cfg.MODEL.WEIGHTS, classes)
         report.refuse_untrained(cfg.MODEL.WEIGHTS)
         return prepare_for_inference(cfg, model)
+
+
+def fitting_names(names: Sequence[str] | None, number: int) -> list[str] | None:
+    """Names of as many classes (0: of any number), else None. COCO's 80 are spread over heads that
+    have a row for each category id."""
+    rows = names_of_rows(names, number) if names and number else names
+    return [name or "N/A" for name in rows] if rows else None
 
 
 def check_image(image: Any, channels: int = 3) -> None:

@@ -264,7 +264,9 @@ def accumulate_gradients(
     Returns:
         The step's losses, detached.
     """
-    object_counts = [len(image["instances"]) for batch in batches for image in batch]
+    counts: list[list[int]] = []
+    if len(batches) > 1:  # a single one counts its own: any model of detectron2's kind will do
+        counts.append([len(image["instances"]) for batch in batches for image in batch])
     totals: dict[str, Tensor] = {}
     for index, batch in enumerate(batches):
         is_last = index == len(batches) - 1
@@ -272,8 +274,7 @@ def accumulate_gradients(
         distributed = isinstance(model, DistributedDataParallel)
         with model.no_sync() if distributed and not is_last else nullcontext():
             with precision.autocast():
-                # A single batch counts its own objects: any model of detectron2's kind will do.
-                losses = model(batch) if len(batches) == 1 else model(batch, object_counts)
+                losses = model(batch, *counts)
             precision.scaler.scale(sum(losses.values())).backward()
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach()

@@ -124,7 +124,7 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
     def check_test_sets(cls, cfg: CfgNode) -> None:
         """Says what cannot be evaluated now, not hours later. A subclass may have a `test` of its
         own, or, as in detectron2, no evaluator."""
-        if cls.test.__func__ is not DetrTrainer.test.__func__:
+        if getattr(cls.test, "__func__", None) is not DetrTrainer.test.__func__:
             return
         for name in cfg.DATASETS.TEST:
             cls.build_test_loader(cfg, name)
