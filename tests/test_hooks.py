@@ -18,7 +18,9 @@ from .training import registered_rectangles, training_cfg
 
 @pytest.fixture
 def caplog(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("detr_d2"), "propagate", True)
+    """Also where a trainer is the first to set the loggers up."""
+    logger = logging.getLogger("detr_d2.engine.hooks")
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers, caplog.handler])
     return caplog
 
 
