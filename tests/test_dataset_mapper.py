@@ -615,14 +615,21 @@ def test_deep_pixels_are_refused_rather_than_clipped(tmp_path):
         resize_only(30)(record)
 
 
-def test_an_image_too_thin_to_resize_is_named(tmp_path):
+def test_thin_images_keep_a_pixel_and_what_no_augmentation_can_do_is_named(tmp_path):
     path = tmp_path / "thin.png"
     Image.new("RGB", (3000, 2)).save(path)
     record = {"file_name": str(path), "height": 2, "width": 3000, "annotations": []}
     mapper = DetrDatasetMapper(
         True, augmentations=build_augmentation(True, min_size=[30], max_size=100, flip="none")
     )
-    with pytest.raises(UnreadableImageError, match=r"thin.png \(3000x2 pixels\) cannot be"):
+    assert mapper(record)["image"].shape == (3, 1, 100)
+
+    class Impossible(T.Augmentation):
+        def get_transform(self, image):
+            raise ValueError("too thin")
+
+    mapper = DetrDatasetMapper(True, augmentations=[Impossible()])
+    with pytest.raises(UnreadableImageError, match=r"thin.png \(3000x2 pixels\) cannot be.*thin"):
         mapper(record)
 
 
