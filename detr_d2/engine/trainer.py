@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -122,14 +121,16 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
 
     @classmethod
     def check_test_sets(cls, cfg: CfgNode) -> None:
-        """Says what cannot be evaluated now, not hours later. A subclass may have a `test` of its
-        own, or, as in detectron2, no evaluator."""
-        if getattr(cls.test, "__func__", None) is not DetrTrainer.test.__func__:
-            return
+        """Says what cannot be evaluated now, not hours later; of a subclass that tests, or builds
+        evaluators, in a way of its own, nothing is known."""
+        for name in ("test", "build_evaluator"):
+            if (
+                getattr(getattr(cls, name), "__func__", None)
+                is not vars(DetrTrainer)[name].__func__
+            ):
+                return
         for name in cfg.DATASETS.TEST:
-            cls.build_test_loader(cfg, name)
-            with suppress(NotImplementedError):
-                cls.build_evaluator(cfg, name)
+            cls.build_test_loader(cfg, name), cls.build_evaluator(cfg, name)
 
     @classmethod
     def test(
