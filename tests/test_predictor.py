@@ -126,6 +126,9 @@ def test_names_of_heads_with_a_row_for_each_category_id(cfg, tmp_path):
     cfg.MODEL.DETR.NUM_CLASSES = 3  # a model of something else
     write_checkpoint(cfg.MODEL.WEIGHTS, build_model(cfg).state_dict())
     assert DetrPredictor(cfg).metadata.get("thing_classes") is None
+    weights = read_checkpoint(cfg.MODEL.WEIGHTS)["model"]
+    torch.save({"model": weights, "class_names": ["a", "b"]}, cfg.MODEL.WEIGHTS)
+    assert DetrPredictor(cfg).metadata.get("thing_classes") is None
 
 
 def test_empty_weights(cfg):

@@ -428,6 +428,8 @@ def test_checkpoints_in_epochs_where_the_batch_is_scaled(rectangles, tmp_path):
     trainer = DetrTrainer(training_cfg(rectangles, tmp_path, *options))
     assert trainer.cfg.SOLVER.IMS_PER_BATCH == 2  # 12 images: 6 iterations
     assert trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 6
+    with pytest.raises(UserError, match="The length is given twice, SOLVER.EPOCHS 1.0"):
+        DetrTrainer(training_cfg(rectangles, tmp_path, *options, "SOLVER.EPOCHS", 1.0))
 
 
 def test_a_test_set_that_cannot_be_evaluated_is_refused_at_once(rectangles, tmp_path, monkeypatch):
