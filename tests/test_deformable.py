@@ -100,6 +100,39 @@ def test_samples_equal_a_loop(sample):
     torch.testing.assert_close(actual, loop(value, SHAPES, locations, weights))
 
 
+@pytest.mark.parametrize("samples_per_block", [1, 2 * 2 * HEADS * len(SHAPES) * POINTS])
+def test_rows_are_looked_up_in_blocks_of_queries(samples_per_block, monkeypatch):
+    """One query at a time; two and two, and one that is left."""
+    monkeypatch.setattr("detr_d2.modeling.deformable._SAMPLES_PER_BLOCK", samples_per_block)
+    value, locations, weights = random_samples(queries=5)
+    actual = _look_up(value, SHAPES, locations, weights)
+    torch.testing.assert_close(actual, loop(value, SHAPES, locations, weights))
+
+
+@pytest.mark.parametrize("sample", [_grid_sample, _look_up])
+def test_samples_on_edges_and_far_outside(sample):
+    """Cell by cell about a level of ones: at cell centres exactly one, half a cell outside half of
+    it, and nothing from a whole cell outside on."""
+    value = torch.ones(1, S, 1, 2)
+    height, width = SHAPES[0]
+    columns = torch.tensor([-1e30, -2.5, -1.0, -0.5, 0, 2, width - 1, width - 0.5, width, 1e30])
+    locations = torch.full((1, len(columns), 1, 2, 1, 2), 0.5)
+    locations[..., 0, :, 0] = ((columns + 0.5) / width)[None, :, None, None]
+    weights = torch.zeros(1, len(columns), 1, 2, 1)
+    weights[..., 0, :] = 1
+    actual = sample(value, SHAPES, locations, weights)[0, :, 0, 0]
+    torch.testing.assert_close(actual, torch.tensor([0, 0, 0, 0.5, 1, 1, 1, 0.5, 0, 0]))
+
+
+def test_places_that_are_no_numbers_are_samples_that_are_none():
+    """A diverged model, also with one head: no index that does not exist."""
+    value = torch.ones(1, S, 1, 2)
+    locations = torch.full((1, 2, 1, 2, 1, 2), 0.5)
+    locations[:, 1] = math.nan
+    actual = _look_up(value, SHAPES, locations, torch.full((1, 2, 1, 2, 1), 0.5))
+    assert torch.equal(actual[0, 0], torch.ones(1, 2)) and actual[0, 1].isnan().all()
+
+
 def test_both_ways_to_sample_are_used(monkeypatch):
     """Rows are looked up where nobody asks for gradients."""
     used = []

@@ -17,6 +17,8 @@ from ..structures import Memory, QueryPosition
 from .attention import check_heads, with_position
 from .recompute import run as run_recomputed
 
+_SAMPLES_PER_BLOCK = 2**18
+
 
 class DeformableAttention(nn.Module):
     """Each query looks at a few places about its reference, on every level (equation 3)."""
@@ -102,8 +104,10 @@ class DeformableAttention(nn.Module):
         """(B, Q, M, L, P, 2) x, y in [0, 1] of the padded levels."""
         # Half precision knows too few places.
         offsets = offsets.to(torch.promote_types(offsets.dtype, reference.dtype))
-        # (B, Q, 1, L, 1, 2 or 4): the padded maps are larger than the image.
-        ratios = memory.valid_ratios[:, None, None, :, None, :]
+        # The padded maps are larger than the image. Ratios are repeated for each point, for
+        # operations are slow where short dimensions are broadcast.
+        ratios = memory.valid_ratios[:, None, None, :, None, :]  # (B, 1, 1, L, 1, 2)
+        ratios = ratios.repeat(1, 1, 1, 1, self.num_points, 1)
         reference = reference[:, :, None, None, None, :]
         if reference.shape[-1] == 2:
             # One by one: a list of sizes would fix them where the model is exported.
@@ -111,9 +115,10 @@ class DeformableAttention(nn.Module):
                 torch.stack([offsets.new_full((), side) for side in (width, height)])
                 for height, width in memory.level_shapes
             ]
-            return reference * ratios + offsets / torch.stack(sizes)[:, None, :]
-        half_sizes = 0.5 * reference[..., 2:] * ratios
-        return reference[..., :2] * ratios + offsets / self.num_points * half_sizes
+            cells = torch.stack(sizes)[:, None, :].repeat(self.num_heads, 1, self.num_points, 1)
+            return torch.addcdiv(reference * ratios, offsets, cells)
+        steps = reference[..., 2:] * ratios * (0.5 / self.num_points)
+        return torch.addcmul(reference[..., :2] * ratios, offsets, steps)
 
 
 def sample_levels(
@@ -143,39 +148,66 @@ def sample_levels(
 def _look_up(
     value: Tensor, level_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
+    """In blocks of queries, whose intermediate results stay in the cache."""
+    batch, _, *samples, _ = locations.shape
+    block = max(1, _SAMPLES_PER_BLOCK // (batch * math.prod(samples)))
+    bordered = _with_border(value, level_shapes)
+    blocks = zip(locations.split(block, dim=1), weights.split(block, dim=1), strict=True)
+    return torch.cat([_look_up_block(bordered, level_shapes, *each) for each in blocks], dim=1)
+
+
+def _with_border(value: Tensor, level_shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """(B, S, M, D) -> (B, S', M, D): every level with zeros about it, so that a sample needs not
+    know whether its four cells are inside. The column after a row's last cell is also the one
+    before the next row's first; above are one row of zeros, below two."""
+    sizes = [(height + 3) * (width + 1) for height, width in level_shapes]
+    # One more before the first row's first cell, and one after all.
+    bordered = value.new_zeros(value.shape[0], sum(sizes) + 2, *value.shape[2:])
+    levels = value.split([height * width for height, width in level_shapes], dim=1)
+    places = bordered[:, 1:-1].split(sizes, dim=1)
+    for place, level, (height, width) in zip(places, levels, level_shapes, strict=True):
+        inside = place.unflatten(1, (height + 3, width + 1))[:, 1 : height + 1, :width]
+        inside.copy_(level.unflatten(1, (height, width)))
+    return bordered
+
+
+def _look_up_block(
+    bordered: Tensor, level_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
     """A bag of 4 * L * P weighted rows for every query and head."""
-    batch, tokens, heads, channels = value.shape
-    sides = locations.new_tensor([[width, height] for height, width in level_shapes])[:, None]
-    places = locations * sides - 0.5
-    low = places.floor()
-    share = places - low
-    starts = [0]
+    batch, tokens, heads, channels = bordered.shape
+    points = locations.shape[4]
+    starts = [1]
     for height, width in level_shapes[:-1]:
-        starts.append(starts[-1] + height * width)
-    # Of the two cells on either side along each axis: index, and weight (none outside the level).
-    indices, shares = [], []
-    for step in (0, 1):
-        cell = low + step
-        inside = (cell >= 0) & (cell < sides)
-        indices.append(torch.minimum(cell.clamp_(min=0), sides - 1))
-        shares.append((share if step else 1 - share) * inside)
-    first = locations.new_tensor(starts)[:, None]
-    image = (tokens * torch.arange(batch, device=value.device)).view(-1, 1, 1, 1, 1)
-    head = torch.arange(heads, device=value.device)[:, None, None]
-    rows, factors = [], []
-    for down in (0, 1):
-        row = indices[down][..., 1] * sides[..., 0] + first
-        factor = shares[down][..., 1] * weights
-        for right in (0, 1):
-            cell = (row + indices[right][..., 0]).long()
-            rows.append((cell + image) * heads + head)
-            factors.append(factor * shares[right][..., 0])
+        starts.append(starts[-1] + (height + 3) * (width + 1))
+
+    def of_samples(of_levels: list[int]) -> Tensor:
+        """(M * L * P,), for operations are slow where short dimensions are repeated."""
+        return locations.new_tensor(of_levels)[:, None].expand(heads, -1, points).flatten()
+
+    height, width = (of_samples(list(sides)) for sides in zip(*level_shapes, strict=True))
+    # What is far outside comes to lie on the border.
+    before = -torch.ones_like(width)
+    x = torch.clamp(locations[..., 0].flatten(2) * width - 0.5, before, width)
+    y = torch.clamp(locations[..., 1].flatten(2) * height - 0.5, before, height)
+    left, top = x.floor(), y.floor()
+    # What is not a number has a cell, too; its weights say what it is.
+    cell = ((top + 1) * (width + 1) + (left + of_samples(starts))).nan_to_num().long()
+    image = tokens * torch.arange(batch, device=cell.device)[:, None, None]
+    head = torch.arange(heads, device=cell.device).repeat_interleave(len(level_shapes) * points)
+    row = (cell + image) * heads + head
+    below = row + ((width + 1) * heads).long()
+    rows = torch.stack((row, row + heads, below, below + heads), dim=-1)
+    lower = weights.flatten(2) * (y - top)
+    upper = weights.flatten(2) - lower
+    upper_right, lower_right = upper * (x - left), lower * (x - left)
+    shares = (upper - upper_right, upper_right, lower - lower_right, lower_right)
     bags = batch * locations.shape[1] * heads
     summed = F.embedding_bag(
-        torch.stack(rows, dim=-1).view(bags, -1),
-        value.reshape(-1, channels),
+        rows.view(bags, -1),
+        bordered.view(-1, channels),
         mode="sum",
-        per_sample_weights=torch.stack(factors, dim=-1).view(bags, -1).to(value.dtype),
+        per_sample_weights=torch.stack(shares, dim=-1).view(bags, -1).to(bordered.dtype),
     )
     return summed.view(batch, -1, heads, channels)
 
