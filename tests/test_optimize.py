@@ -23,6 +23,7 @@ from detr_d2.deploy.fold import fold_batch_norms, folded
 from detr_d2.deploy.optimize import CachedPositionEmbedding
 from detr_d2.deploy.pack import (
     PackedConv2d,
+    PackedFeedForward,
     PackedLinear,
     PackedSelfAttention,
     PackedStem,
@@ -32,6 +33,7 @@ from detr_d2.deploy.pack import (
 from detr_d2.errors import UserError
 from detr_d2.modeling.attention import SelfAttention
 from detr_d2.modeling.position import SinePositionEmbedding
+from detr_d2.modeling.transformer import FeedForward
 from detr_d2.processor import is_bfloat16_fast
 
 from .helpers import VARIANTS, random_inputs, tiny_cfg
@@ -293,6 +295,18 @@ def test_packed_linear(tokens):
     torch.testing.assert_close(relu(x), linear(x).relu(), rtol=1e-4, atol=1e-5)
     if is_bfloat16_fast():
         assert PackedLinear(linear, torch.bfloat16)(x).dtype == torch.bfloat16
+
+
+@needs_onednn
+@pytest.mark.parametrize("tokens", [1, 511, 512, 513, 1100])
+@torch.no_grad()
+def test_blocks_of_a_feed_forward(tokens):
+    """As all tokens at once, and what is between its layers is never larger than a block."""
+    layer, x = FeedForward(16, 40, dropout=0.0), torch.randn(2, tokens, 16)
+    packed, between = PackedFeedForward(layer, torch.float32), []
+    packed.linear1.register_forward_hook(lambda m, inputs, y: between.append(y.shape[1]))
+    torch.testing.assert_close(packed(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert sum(between) == tokens and max(between) <= 512
 
 
 @needs_onednn
