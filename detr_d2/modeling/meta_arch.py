@@ -27,6 +27,7 @@ from .mask_head import MaskSource
 from .neck import padding_mask
 from .panoptic import PanopticMerger
 from .segmentation import add_masks, add_panoptic, to_bitmasks
+from .weight_gradient import weight_gradients_by_products
 
 
 @META_ARCH_REGISTRY.register()
@@ -228,11 +229,12 @@ class Detr(nn.Module):
         images = self.preprocess_image(batched_inputs)
         # Convolutions are fastest in this layout, on CPUs and in mixed precision on GPUs.
         pixels = images.tensor.contiguous(memory_format=torch.channels_last)
-        features = self.backbone(pixels)
         # Tensors where the model is traced.
         sizes = torch.tensor([[int(side) for side in size] for size in images.image_sizes])
         padding = padding_mask(sizes.to(self.device, non_blocking=True), pixels.shape[-2:])
-        return self.neck(features, padding), features, pixels
+        with weight_gradients_by_products(pixels):
+            features = self.backbone(pixels)
+            return self.neck(features, padding), features, pixels
 
     def preprocess_image(self, batched_inputs: Sequence[dict[str, Any]]) -> ImageList:
         """Normalises the images and pads them with zeros to one size, bottom and right."""
