@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from detr_d2.modeling import deformable
 from detr_d2.modeling.deformable import (
     DeformableAttention,
     _grid_sample,
@@ -100,12 +101,18 @@ def test_samples_equal_a_loop(sample):
     torch.testing.assert_close(actual, loop(value, SHAPES, locations, weights))
 
 
-@pytest.mark.parametrize("samples_per_block", [1, 2 * 2 * HEADS * len(SHAPES) * POINTS])
-def test_rows_are_looked_up_in_blocks_of_queries(samples_per_block, monkeypatch):
-    """One query at a time; two and two, and one that is left."""
-    monkeypatch.setattr("detr_d2.modeling.deformable._SAMPLES_PER_BLOCK", samples_per_block)
+@pytest.mark.parametrize(("queries", "blocks"), [(0, [1, 1, 1, 1, 1]), (2, [2, 2, 1])])
+def test_rows_are_looked_up_in_blocks_of_queries(queries, blocks, monkeypatch):
+    """At least one query of each image at a time."""
+    samples = 2 * HEADS * len(SHAPES) * POINTS
+    monkeypatch.setattr(deformable, "_SAMPLES_PER_BLOCK", queries * samples)
+    look_up, sizes = deformable._look_up_block, []
+    monkeypatch.setattr(
+        deformable, "_look_up_block", lambda *a: sizes.append(a[2].shape[1]) or look_up(*a)
+    )
     value, locations, weights = random_samples(queries=5)
     actual = _look_up(value, SHAPES, locations, weights)
+    assert sizes == blocks
     torch.testing.assert_close(actual, loop(value, SHAPES, locations, weights))
 
 
@@ -256,6 +263,11 @@ def test_bfloat16_places_are_exact(attention):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = attention(content, QueryPosition(None), memory, reference)
     assert output.dtype == torch.bfloat16
+    # Sides that bfloat16 does not know, and a place that it does not, either.
+    memory = replace(memory, level_shapes=((257, 301), (129, 151)))
+    offsets = torch.ones(2, 3, HEADS, len(SHAPES), POINTS, 2)
+    exact = attention._locations(offsets, memory, reference)
+    assert torch.equal(attention._locations(offsets.bfloat16(), memory, reference), exact)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Weight gradients as matrix products are those of PyTorch's convolutions."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ CHECKPOINTED = ("MODEL.ACTIVATION_CHECKPOINTING", ["backbone"])
 
 @pytest.fixture
 def calls(monkeypatch):
-    """As on a CPU without AVX512, for all convolutions of more than one place; counts them."""
+    """As on a CPU with AVX2, for all 3x3 convolutions in channels last; counts backward passes."""
     counted = []
     backward = ConvolutionByProducts.backward
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -62,6 +64,17 @@ def test_gradients_are_those_of_pytorch(place):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        if a.shape == inputs[0].shape:  # the next convolution's gradients are fast in it, too
+            assert a.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_functional_gradients():
+    inputs, place = random_convolution(*PLACES[1])
+    gradient = torch.func.grad(
+        lambda w: ConvolutionByProducts.apply(inputs[0], w, None, *place).sum()
+    )
+    expected = torch.func.grad(lambda w: F.conv2d(inputs[0], w, None, *place).sum())
+    torch.testing.assert_close(gradient(inputs[1]), expected(inputs[1]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +93,8 @@ def test_a_training_step_has_the_same_gradients(options, calls, monkeypatch):
     torch.manual_seed(0)
     model = build_model(tiny_cfg(*options)).train()
     inputs = random_inputs([(128, 160), (96, 128)], [2, 1])
-    # Of the backbone and the neck: a square kernel of several places, or none.
-    large = [m for m in model.modules() if getattr(m, "kernel_size", 1) not in (1, (1, 1))]
-    large = [m for m in large if isinstance(m, torch.nn.Conv2d) and m.groups == 1]
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    large = [m for m in convolutions if m.kernel_size == (3, 3) and m.weight.requires_grad]
 
     def gradients():
         model.zero_grad()
@@ -91,37 +103,97 @@ def test_a_training_step_has_the_same_gradients(options, calls, monkeypatch):
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     ours = gradients()
-    assert len(calls) == sum(m.weight.requires_grad for m in large) > 0
+    assert len(calls) == len(large) > 0
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     for a, b in zip(ours, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    assert len(calls) == sum(m.weight.requires_grad for m in large)
+    assert len(calls) == len(large)
 
 
-def test_only_what_gains_from_it(calls):
-    x, weight = torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3, requires_grad=True)
-    convolve = {
-        "several groups": lambda: F.conv2d(x, weight[:, :2], None, 1, 1, 1, 2),
-        "one place": lambda: F.conv2d(x, weight[:, :, :1, :1], None, (1, 1), (0, 0), (1, 1), 1),
-        "other types": lambda: F.conv2d(
-            x.double(), weight.double(), None, (1, 1), (1, 1), (1, 1), 1
-        ),
-        "padding by name": lambda: F.conv2d(x, weight, None, (1, 1), "same", (1, 1), 1),
-        "few channels": lambda: F.conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1),
-    }
-    for name, function in convolve.items():
-        weight_gradient._FEWEST_CHANNELS = 5 if name == "few channels" else 1
-        with weight_gradients_by_products(x):
-            function().sum().backward()
-        assert not calls, name
-    weight_gradient._FEWEST_CHANNELS = 1
-    with weight_gradients_by_products(x):
-        F.conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1).sum().backward()
-    assert len(calls) == 1
+def convolution(**changes):
+    """Arguments of one that gains from it, but for what is changed."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(8, 4, 3, 3, requires_grad=True)
+    values = (x, weight, None, (1, 1), (1, 1), (1, 1), 1)
+    return list({**dict(zip(names, values, strict=True)), **changes}.values())
+
+
+class Doubled(torch.Tensor):
+    """Weights whose convolutions are twice as large."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+            return 2 * result if function is F.conv2d else result
+
+
+OTHERS = {
+    "several groups": lambda: {"weight": torch.randn(8, 2, 3, 3, requires_grad=True), "groups": 2},
+    "one place": lambda: {"weight": torch.randn(8, 4, 1, 1, requires_grad=True)},
+    "few channels": lambda: (
+        {"weight": torch.randn(8, 3, 3, 3, requires_grad=True)}
+        | {"input": torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)}
+    ),
+    "frozen": lambda: {"weight": torch.randn(8, 4, 3, 3)},
+    "another type": lambda: (
+        {"weight": torch.randn(8, 4, 3, 3, requires_grad=True).double()}
+        | {"input": torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last).double()}
+    ),
+    "another layout": lambda: {"input": torch.randn(2, 4, 8, 8)},
+    "no batch": lambda: {"input": torch.randn(4, 8, 8)},
+    "padding by name": lambda: {"padding": "same"},
+    "numbers": lambda: {"stride": 1, "padding": 1, "dilation": 1},
+    "one number": lambda: {"stride": (1,), "padding": (1,), "dilation": (1,)},
+    "a subclass": lambda: {"weight": Doubled(torch.randn(8, 4, 3, 3)).requires_grad_()},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_convolutions_are_pytorchs(name, calls, monkeypatch):
+    monkeypatch.setattr(weight_gradient, "_FEWEST_CHANNELS", 4)
+    arguments = convolution(**OTHERS[name]())
+    leaves = [t for t in arguments[:2] if t.requires_grad] or [arguments[0].requires_grad_()]
+    gradients = []
+    for context in (nullcontext(), weight_gradients_by_products(arguments[0])):
+        with context:
+            total = F.conv2d(*arguments).square().sum()
+        gradients.append(torch.autograd.grad(total, leaves))
+    assert not calls
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_mixed_precision_is_left_alone(calls):
-    x, weight = torch.randn(2, 4, 8, 8), torch.randn(4, 4, 3, 3, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16), weight_gradients_by_products(x):
-        F.conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1).sum().backward()
-    assert not calls and weight.grad.dtype == torch.float32
+    """Wherever it begins."""
+    arguments = convolution()
+    with torch.autocast("cpu", torch.bfloat16), weight_gradients_by_products(arguments[0]):
+        F.conv2d(*arguments).sum().backward()
+    with weight_gradients_by_products(arguments[0]), torch.autocast("cpu", torch.bfloat16):
+        F.conv2d(*arguments).sum().backward()
+    assert not calls
+    with weight_gradients_by_products(arguments[0]):
+        F.conv2d(*arguments).sum().backward()
+    assert len(calls) == 1
+
+
+def test_what_is_compiled_is_left_alone(calls):
+    module = torch.nn.Conv2d(4, 8, 3, padding=1).to(memory_format=torch.channels_last)
+    x = convolution()[0]
+    expected = torch.autograd.grad(module(x).square().sum(), module.weight)
+    compiled = torch.compile(module, backend="aot_eager")
+    with weight_gradients_by_products(x):
+        actual = torch.autograd.grad(compiled(x).square().sum(), module.weight)
+    assert not calls
+    torch.testing.assert_close(actual, expected)
+
+
+def test_only_for_gradients_on_cpus_that_gain(calls, monkeypatch):
+    x = torch.zeros(1, 4, 8, 8)
+    assert not isinstance(weight_gradients_by_products(x), nullcontext)
+    assert isinstance(weight_gradients_by_products(x.to("meta")), nullcontext)
+    with torch.no_grad():
+        assert isinstance(weight_gradients_by_products(x), nullcontext)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert isinstance(weight_gradients_by_products(x), nullcontext)

@@ -103,8 +103,8 @@ class PackedConv2d(nn.Module):
 
 
 class PackedFeedForward(nn.Module):
-    """`FeedForward` with ReLU, without dropout; a few tokens at a time, so that what is between its
-    layers, the largest tensor of an encoder, stays in the cache."""
+    """`FeedForward` with ReLU, without dropout; some tokens of each image at a time, so that what
+    is between its layers, the largest tensor of an encoder, stays in the cache."""
 
     tokens = 512
 

@@ -17,6 +17,7 @@ from ..structures import Memory, QueryPosition
 from .attention import check_heads, with_position
 from .recompute import run as run_recomputed
 
+# Their indices and weights take 12 MB, which larger caches hold, and C libraries keep at hand.
 _SAMPLES_PER_BLOCK = 2**18
 
 
@@ -138,8 +139,8 @@ def sample_levels(
     needs_gradient = torch.is_grad_enabled() and any(
         t.requires_grad for t in (value, locations, weights)
     )
-    # Looking rows up is twice as fast on CPUs, but its backward pass is slow, and other runtimes
-    # know grid_sample better.
+    # Looking rows up is several times as fast on CPUs, but its backward pass is slow, and other
+    # runtimes know grid_sample better.
     if value.device.type == "cpu" and not needs_gradient and not torch.compiler.is_compiling():
         return _look_up(value, level_shapes, locations, weights)
     return _grid_sample(value, level_shapes, locations, weights)
@@ -159,7 +160,8 @@ def _look_up(
 def _with_border(value: Tensor, level_shapes: Sequence[tuple[int, int]]) -> Tensor:
     """(B, S, M, D) -> (B, S', M, D): every level with zeros about it, so that a sample needs not
     know whether its four cells are inside. The column after a row's last cell is also the one
-    before the next row's first; above are one row of zeros, below two."""
+    before the next row's first; above are one row of zeros, below two, for a sample on the lower
+    border also reads what is below that, with weight 0."""
     sizes = [(height + 3) * (width + 1) for height, width in level_shapes]
     # One more before the first row's first cell, and one after all.
     bordered = value.new_zeros(value.shape[0], sum(sizes) + 2, *value.shape[2:])
@@ -182,7 +184,7 @@ def _look_up_block(
         starts.append(starts[-1] + (height + 3) * (width + 1))
 
     def of_samples(of_levels: list[int]) -> Tensor:
-        """(M * L * P,), for operations are slow where short dimensions are repeated."""
+        """(M * L * P,), for operations are slow where short dimensions are broadcast."""
         return locations.new_tensor(of_levels)[:, None].expand(heads, -1, points).flatten()
 
     height, width = (of_samples(list(sides)) for sides in zip(*level_shapes, strict=True))

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from .backbone import TimmBackbone
-from .weight_gradient import weight_gradients_by_products
 
 
 def recompute_backbone(backbone: nn.Module) -> None:
@@ -42,17 +41,13 @@ def recompute_backbone(backbone: nn.Module) -> None:
 
 
 class Recomputed:
-    """In place of the `forward` of a block of convolutions."""
+    """In place of a module's `forward`."""
 
     def __init__(self, module: nn.Module):
         self.module = module
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return run(self.module, self._forward, x)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        with weight_gradients_by_products(x):
-            return type(self.module).forward(self.module, x)
+    def __call__(self, *inputs: Any) -> Tensor:
+        return run(self.module, type(self.module).forward, self.module, *inputs)
 
 
 def run(module: nn.Module, function: Any, *inputs: Any) -> Any:
