@@ -40,7 +40,7 @@ if __name__ == "__main__":
     with user_errors():
         for job in args.jobs or JOBS:
             for section in JOBS[job](rounds, args.quick):
-                print_section(section)
+                print_section(section, ceilings)
                 sections.append(section)
         if args.json:
             write_json(args.json, sections, ceilings)

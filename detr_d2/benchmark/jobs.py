@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ from .models import (
     random_targets,
     with_objects,
 )
-from .timing import Section, convolution, fitted_exponent, take_turns
+from .timing import Section, fitted_exponent, take_turns
 
 # GFLOP of one image, counted with fvcore at the size that is measured.
 WORK = {("DETR R50", 800, 1066): 172.0}
@@ -62,28 +61,13 @@ def inference(rounds: int, quick: bool) -> Iterator[Section]:
             name_of_relative = "transformers' Deformable DETR"
             runs = {name_of_relative: foreign_runner(relative, inputs, model), **runs}
             notes[name_of_relative] = "float32"
-        work = WORK.get((name, height, width), 0) * batch
-        limits = {note: convolution(getattr(torch, note)) for note in dict.fromkeys(notes.values())}
-        limits = limits if work else {}
-        turns = runs | {f"convolutions, {note}": run for note, (run, _) in limits.items()}
-        timings = take_turns(turns, rounds, warmup=2 if quick else 4, notes=notes)
-        ceilings = {
-            note: [gflop / seconds for seconds in timing.seconds]
-            for (note, (_, gflop)), timing in zip(limits.items(), timings[len(runs) :], strict=True)
-        }
+        timings = take_turns(runs, rounds, warmup=2 if quick else 4, notes=notes)
+        work = WORK.get((name, height, width))
         yield Section(
             f"{name}, {batch} x {height}x{width}",
-            timings[: len(runs)],
-            {"work": work, "ceilings": ceilings, "per": "images/s", "amount": batch},
-            (
-                *(f"{k}: {v}" for k, v in missing.items()),
-                *(
-                    f"Ceiling: 3x3 convolutions in {note}, {median(rates):.0f} GFLOP/s in the same "
-                    f"rounds ({min(rates):.0f} to {max(rates):.0f})."
-                    for note, rates in ceilings.items()
-                ),
-                differences(model, foreign, inputs),
-            ),
+            timings,
+            {"work": work * batch if work else None, "per": "images/s", "amount": batch},
+            (*(f"{k}: {v}" for k, v in missing.items()), differences(model, foreign, inputs)),
         )
 
 

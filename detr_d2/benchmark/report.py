@@ -29,10 +29,14 @@ def machine() -> str:
     )
 
 
-def print_section(section: Section) -> None:
+def print_section(section: Section, ceilings: Mapping[str, float]) -> None:
     print(f"\n### {section.title}\n")
     if section.timings:
-        print(table(section.timings, **section.options), flush=True)
+        # Convolutions are what a detector's time goes into.
+        limits = {
+            name.split()[0]: value for name, value in ceilings.items() if "convolution" in name
+        }
+        print(table(section.timings, ceilings=limits, **section.options), flush=True)
     for remark in section.remarks:
         print(f"- {remark}", flush=True)
 
