@@ -188,7 +188,7 @@ def _look_up_block(
         return locations.new_tensor(of_levels)[:, None].expand(heads, -1, points).flatten()
 
     height, width = (of_samples(list(sides)) for sides in zip(*level_shapes, strict=True))
-    # What is far outside comes to lie on the border.
+    # In cells, (B, Q, M * L * P) like all that follows; what is far outside lies on the border.
     before = -torch.ones_like(width)
     x = torch.clamp(locations[..., 0].flatten(2) * width - 0.5, before, width)
     y = torch.clamp(locations[..., 1].flatten(2) * height - 0.5, before, height)
