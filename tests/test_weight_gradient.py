@@ -1,6 +1,7 @@
 """Weight gradients as matrix products are those of PyTorch's convolutions."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,17 @@ def test_gradients_are_those_of_pytorch(place):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         if a.shape == inputs[0].shape:  # the next convolution's gradients are fast in it, too
             assert a.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "needed", [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_nothing_is_computed_that_nobody_needs(needed):
+    """Below the first stage that learns, for one, there is no gradient of inputs."""
+    (x, weight, _), place = random_convolution(*PLACES[0])
+    ctx = SimpleNamespace(saved_tensors=(x, weight), place=place, needs_input_grad=needed)
+    gradients = ConvolutionByProducts.backward(ctx, torch.ones(2, 4, 9, 12))
+    assert [g is not None for g in gradients] == [*needed, False, False, False]
 
 
 def test_functional_gradients():
