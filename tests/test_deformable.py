@@ -108,7 +108,7 @@ def test_rows_are_looked_up_in_blocks_of_queries(queries, blocks, monkeypatch):
     monkeypatch.setattr(deformable, "_SAMPLES_PER_BLOCK", queries * samples)
     look_up, sizes = deformable._look_up_block, []
     monkeypatch.setattr(
-        deformable, "_look_up_block", lambda *a: sizes.append(a[2].shape[1]) or look_up(*a)
+        deformable, "_look_up_block", lambda *a: sizes.append(a[3].shape[1]) or look_up(*a)
     )
     value, locations, weights = random_samples(queries=5)
     actual = _look_up(value, SHAPES, locations, weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
+from inspect import getattr_static
 from typing import Any
 
 import torch
@@ -124,13 +125,11 @@ class DetrTrainer(StepTrainer, DefaultTrainer):
         """Says what cannot be evaluated now, not hours later; of a subclass that tests, or builds
         evaluators, in a way of its own, nothing is known."""
         for name in ("test", "build_evaluator"):
-            if (
-                getattr(getattr(cls, name), "__func__", None)
-                is not vars(DetrTrainer)[name].__func__
-            ):
+            if getattr_static(cls, name) is not vars(DetrTrainer)[name]:
                 return
         for name in cfg.DATASETS.TEST:
-            cls.build_test_loader(cfg, name), cls.build_evaluator(cfg, name)
+            cls.build_test_loader(cfg, name)
+            cls.build_evaluator(cfg, name)
 
     @classmethod
     def test(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -152,16 +153,19 @@ def _look_up(
     """In blocks of queries, whose intermediate results stay in the cache."""
     batch, _, *samples, _ = locations.shape
     block = max(1, _SAMPLES_PER_BLOCK // (batch * math.prod(samples)))
-    bordered = _with_border(value, level_shapes)
+    bordered, starts = _with_border(value, level_shapes)
     blocks = zip(locations.split(block, dim=1), weights.split(block, dim=1), strict=True)
-    return torch.cat([_look_up_block(bordered, level_shapes, *each) for each in blocks], dim=1)
+    summed = [_look_up_block(bordered, starts, level_shapes, *each) for each in blocks]
+    return torch.cat(summed, dim=1)
 
 
-def _with_border(value: Tensor, level_shapes: Sequence[tuple[int, int]]) -> Tensor:
-    """(B, S, M, D) -> (B, S', M, D): every level with zeros about it, so that a sample needs not
-    know whether its four cells are inside. The column after a row's last cell is also the one
-    before the next row's first; above are one row of zeros, below two, for a sample on the lower
-    border also reads what is below that, with weight 0."""
+def _with_border(
+    value: Tensor, level_shapes: Sequence[tuple[int, int]]
+) -> tuple[Tensor, list[int]]:
+    """(B, S, M, D) -> (B, S', M, D), and where in S' each level starts. It has zeros about it, so
+    that a sample needs not know whether its four cells are inside. The column after a row's last
+    cell is also the one before the next row's first; above are one row of zeros, below two, for a
+    sample on the lower border also reads what is below that, with weight 0."""
     sizes = [(height + 3) * (width + 1) for height, width in level_shapes]
     # One more before the first row's first cell, and one after all.
     bordered = value.new_zeros(value.shape[0], sum(sizes) + 2, *value.shape[2:])
@@ -170,18 +174,19 @@ def _with_border(value: Tensor, level_shapes: Sequence[tuple[int, int]]) -> Tens
     for place, level, (height, width) in zip(places, levels, level_shapes, strict=True):
         inside = place.unflatten(1, (height + 3, width + 1))[:, 1 : height + 1, :width]
         inside.copy_(level.unflatten(1, (height, width)))
-    return bordered
+    return bordered, list(accumulate(sizes[:-1], initial=1))
 
 
 def _look_up_block(
-    bordered: Tensor, level_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+    bordered: Tensor,
+    starts: list[int],
+    level_shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """A bag of 4 * L * P weighted rows for every query and head."""
     batch, tokens, heads, channels = bordered.shape
     points = locations.shape[4]
-    starts = [1]
-    for height, width in level_shapes[:-1]:
-        starts.append(starts[-1] + (height + 3) * (width + 1))
 
     def of_samples(of_levels: list[int]) -> Tensor:
         """(M * L * P,), for operations are slow where short dimensions are broadcast."""

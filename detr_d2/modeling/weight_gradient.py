@@ -113,7 +113,7 @@ def _gains(x: Tensor, weight: Tensor, bias: Tensor | None, *place: Any) -> bool:
     *pairs, groups = place
     is_large = min(weight.shape[:2]) >= _FEWEST_CHANNELS and weight.shape[2:] == (3, 3)
     is_plain = groups == 1 and all(isinstance(p, tuple) and len(p) == 2 for p in pairs)
-    is_fast = x.is_contiguous(memory_format=torch.channels_last)  # and a batch
+    is_fast = x.is_contiguous(memory_format=torch.channels_last)  # of a batch
     is_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
     is_ours = weight.requires_grad and not torch.compiler.is_compiling()
     return is_large and is_plain and is_fast and is_float32 and is_ours
