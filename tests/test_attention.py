@@ -11,6 +11,7 @@ from detr_d2.modeling.attention import (
     MultiHeadAttention,
     PlainAttention,
     SelfAttention,
+    allowed_tokens,
     attention_in_parts,
     scaled_dot_product,
 )
@@ -227,3 +228,30 @@ def test_a_query_that_may_look_nowhere_is_finite():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = query.to(dtype)
         assert attention_in_parts(x, x, x, nothing).isfinite().all()
+
+
+def memory_of(padding: torch.Tensor) -> Memory:
+    tokens = torch.randn(*padding.shape, C)
+    return Memory(tokens, torch.randn_like(tokens), padding, [(1, padding.shape[1])], None)
+
+
+def test_no_mask_where_nothing_is_padded():
+    padding = torch.zeros(2, 5, dtype=torch.bool)
+    assert allowed_tokens(memory_of(padding)) is None
+    padding[1, 4] = True
+    assert torch.equal(allowed_tokens(memory_of(padding)), ~padding[:, None, None])
+
+
+def test_graphs_keep_the_mask():
+    """What was padded when a graph was made says nothing of the images it will be given."""
+
+    def mask(padding):
+        return allowed_tokens(memory_of(padding))
+
+    whole, padded = torch.zeros(1, 5, dtype=torch.bool), torch.arange(5)[None] > 3
+    for graph in (
+        torch.compile(mask, backend="eager", fullgraph=True),
+        torch.jit.trace(mask, (whole,), check_trace=False),
+    ):
+        assert torch.equal(graph(whole), ~whole[:, None, None])
+        assert torch.equal(graph(padded), ~padded[:, None, None])

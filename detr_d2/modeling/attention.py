@@ -163,7 +163,7 @@ class PlainAttention(MultiHeadAttention):
         Returns:
             (B, Q, C)
         """
-        allowed = ~memory.padding[:, None, None, :]
+        allowed = allowed_tokens(memory)
         key = memory.tokens + memory.positions
         query = with_position(content, position.embedding)
         return self.attend(query, key, memory.tokens, allowed)
@@ -273,10 +273,20 @@ class ConditionalAttention(nn.Module):
                 dim=-1,
             ),
             split_heads(self.v_proj(memory.tokens), self.num_heads),
-            ~memory.padding[:, None, None, :],
+            allowed_tokens(memory),
             self.dropout if self.training else 0.0,
         )
         return self.out_proj(merge_heads(attended))
+
+
+def allowed_tokens(memory: Memory) -> Tensor | None:
+    """(B, 1, 1, S), False on padding; None if nothing is padded and that can be looked up without
+    waiting for a device: attention without a mask is faster."""
+    padding = memory.padding
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if padding.device.type == "cpu" and not is_traced and not padding.any():
+        return None
+    return ~padding[:, None, None, :]
 
 
 def with_position(content: Tensor, embedding: Tensor | None) -> Tensor:
