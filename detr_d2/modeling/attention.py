@@ -116,14 +116,16 @@ def attention_in_parts(
     """As `scaled_dot_product`, for some queries at a time: the whole matrix is never there."""
     key = (key * query.shape[-1] ** -0.5).transpose(-1, -2)
     bias = None if allowed is None else additive(allowed, query.dtype)
-    parts = []
+    # Parts kept in a list, small ones between large ones, would keep C libraries from using the
+    # memory of the large ones again.
+    result = query.new_empty(*query.shape[:3], value.shape[-1])
     for first in range(0, query.shape[2], queries):
         chosen = slice(first, first + queries)
         scores = query[:, :, chosen] @ key
         if bias is not None:
             scores += bias if bias.shape[-2] == 1 else bias[..., chosen, :]
-        parts.append(scores.softmax(-1) @ value)
-    return torch.cat(parts, dim=2)
+        result[:, :, chosen] = scores.softmax(-1) @ value
+    return result
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
