@@ -50,6 +50,7 @@ def test_files_hold_the_same_detector(tmp_path, variant, suffix):
     export_model(model, path, NAMES, trials=[(1, 160, 224), (2, 192, 128)], min_size=800)
     described = json.loads((tmp_path / f"model{suffix}.json").read_text())
     assert described["class_names"] == NAMES and described["min_size"] == 800
+    assert described["detections_per_image"] == 5
     assert not list(tmp_path.glob("*.onnx")) or suffix == ".onnx"
     exported = load_exported(path)
     # Other sizes and numbers than those it was traced and compared with.

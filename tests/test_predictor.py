@@ -203,6 +203,33 @@ def test_sizes_of_the_config_come_before_those_of_the_file(exported, image):
     assert recorder.images.shape[2:] == (35, 45)
 
 
+def test_what_a_file_does_not_follow_is_said(exported, caplog):
+    panoptic = {"thing_classes": [0], "score_threshold": 0.85, "min_area": 4}
+    of_file = {"detections_per_image": 20, "mask_threshold": 0.5, "panoptic": panoptic}
+    cfg = get_detr_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg, _ = exported(cfg, **of_file)
+    DetrPredictor(cfg)
+    assert not caplog.messages  # defaults, or what the file has
+    cfg.TEST.DETECTIONS_PER_IMAGE = 20
+    cfg.MODEL.MASK_THRESHOLD = 0.4
+    cfg.MODEL.DETR.PANOPTIC.MIN_AREA = 9
+    DetrPredictor(cfg)
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "MODEL.MASK_THRESHOLD 0.4 changes nothing",
+        "MODEL.DETR.PANOPTIC.MIN_AREA 9 changes nothing",
+    ]
+    assert "model.onnx' was exported with 0.5." in caplog.messages[0]
+    caplog.clear()
+    cfg.TEST.DETECTIONS_PER_IMAGE = 50
+    DetrPredictor(exported(cfg, detections_per_image=20)[0])  # a file without masks
+    [message] = caplog.messages
+    assert "TEST.DETECTIONS_PER_IMAGE 50 changes nothing" in message and "with 20." in message
+    caplog.clear()
+    DetrPredictor(exported(cfg)[0])  # of an earlier version, which did not say
+    assert not caplog.messages
+
+
 def test_other_classes_than_the_data_sets_are_the_files(exported):
     cfg, _ = exported(get_detr_cfg())
     cfg.DATASETS.TEST = ("coco_2017_val",)

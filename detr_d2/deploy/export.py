@@ -157,6 +157,7 @@ def describe(
         "less; rounded; bilinear with anti-aliasing, as Pillow's",
         "input_format": model.input_format,
         "class_names": list(class_names) if class_names else None,
+        "detections_per_image": model.detections_per_image,
     }
     if model.mask_head is not None:
         description["outputs"] += (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from ..config import get_detr_cfg
 from ..errors import UserError
 from ..modeling.heads import PredictionHead
 from ..modeling.meta_arch import Detr
@@ -156,7 +158,25 @@ def load_from_config(cfg: CfgNode) -> ExportedDetr:
             f"'{path}' runs on {backend}: MODEL.INFERENCE.BACKEND {settings.BACKEND} and COMPILE "
             f"{settings.COMPILE} change nothing."
         )
-    return load_exported(path, settings.DTYPE)
+    model = load_exported(path, settings.DTYPE)
+    _warn_of_ignored(cfg, model)
+    return model
+
+
+def _warn_of_ignored(cfg: CfgNode, model: ExportedDetr) -> None:
+    """What a file computes with stays what it was at the export. Defaults need not be meant."""
+    of_file = {"TEST.DETECTIONS_PER_IMAGE": model.detections_per_image}
+    of_file["MODEL.MASK_THRESHOLD"] = model.mask_threshold
+    for name in ("SCORE_THRESHOLD", "MIN_AREA"):
+        of_file[f"MODEL.DETR.PANOPTIC.{name}"] = getattr(model.panoptic, name.lower(), None)
+    defaults = get_detr_cfg()
+    for key, ours in of_file.items():
+        asked, default = (attrgetter(key)(config) for config in (cfg, defaults))
+        if ours is not None and asked not in (ours, default):
+            logger.warning(
+                f"{key} {asked} changes nothing: '{cfg.MODEL.WEIGHTS}' was exported with {ours}. "
+                "Export it again for another."
+            )
 
 
 def exported(model: Detr, dtype: torch.dtype, suffix: str) -> ExportedDetr:

@@ -49,6 +49,7 @@ class ExportedDetr(nn.Module):
         size_divisibility: int = 1,
         min_size: int | None = None,
         max_size: int | None = None,
+        detections_per_image: int | None = None,
     ):
         """
         Args:
@@ -57,6 +58,7 @@ class ExportedDetr(nn.Module):
             mask_threshold, panoptic: as those of `Detr`; None: the file has no masks.
             size_divisibility: what the file pads images to before it makes masks.
             min_size, max_size: of images as the model is tested; None: nobody said.
+            detections_per_image: at most; None: nobody said.
         """
         super().__init__()
         self.run = run
@@ -67,6 +69,7 @@ class ExportedDetr(nn.Module):
         self.size_divisibility = size_divisibility
         self.min_size = min_size
         self.max_size = max_size
+        self.detections_per_image = detections_per_image
 
     @property
     def device(self) -> torch.device:
@@ -199,6 +202,7 @@ def load_exported(path: str | Path, dtype: torch.dtype | str = torch.float32) ->
             described.get("size_divisibility", 1),
             described.get("min_size"),
             described.get("max_size"),
+            described.get("detections_per_image"),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
