@@ -213,10 +213,11 @@ def test_what_a_file_does_not_follow_is_said(exported, caplog):
     assert not caplog.messages  # defaults, or what the file has
     cfg.TEST.DETECTIONS_PER_IMAGE = 20
     cfg.MODEL.MASK_THRESHOLD = 0.4
-    cfg.MODEL.DETR.PANOPTIC.MIN_AREA = 9
+    cfg.MODEL.DETR.PANOPTIC.SCORE_THRESHOLD, cfg.MODEL.DETR.PANOPTIC.MIN_AREA = 0.6, 9
     DetrPredictor(cfg)
     assert [message.split(":")[0] for message in caplog.messages] == [
         "MODEL.MASK_THRESHOLD 0.4 changes nothing",
+        "MODEL.DETR.PANOPTIC.SCORE_THRESHOLD 0.6 changes nothing",
         "MODEL.DETR.PANOPTIC.MIN_AREA 9 changes nothing",
     ]
     assert "model.onnx' was exported with 0.5." in caplog.messages[0]

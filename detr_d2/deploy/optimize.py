@@ -165,10 +165,12 @@ def load_from_config(cfg: CfgNode) -> ExportedDetr:
 
 def _warn_of_ignored(cfg: CfgNode, model: ExportedDetr) -> None:
     """What a file computes with stays what it was at the export. Defaults need not be meant."""
-    of_file = {"TEST.DETECTIONS_PER_IMAGE": model.detections_per_image}
-    of_file["MODEL.MASK_THRESHOLD"] = model.mask_threshold
-    for name in ("SCORE_THRESHOLD", "MIN_AREA"):
-        of_file[f"MODEL.DETR.PANOPTIC.{name}"] = getattr(model.panoptic, name.lower(), None)
+    of_file = {
+        "TEST.DETECTIONS_PER_IMAGE": model.detections_per_image,
+        "MODEL.MASK_THRESHOLD": model.mask_threshold,
+        "MODEL.DETR.PANOPTIC.SCORE_THRESHOLD": getattr(model.panoptic, "score_threshold", None),
+        "MODEL.DETR.PANOPTIC.MIN_AREA": getattr(model.panoptic, "min_area", None),
+    }
     defaults = get_detr_cfg()
     for key, ours in of_file.items():
         asked, default = (attrgetter(key)(config) for config in (cfg, defaults))
